@@ -1,0 +1,107 @@
+"""Every error that EdgeVLM raises on purpose.
+
+    EdgeVLMError                      all of them; the command line prints the text and exits with 2
+    ├── CheckpointError               the Hugging Face side
+    │   ├── CheckpointNotFoundError   nothing there, or no network to fetch it
+    │   ├── UnsupportedModelError     an architecture or option that no family here covers
+    │   └── WeightsError              missing, truncated, pickled or wrongly shaped weights
+    ├── ExportError                   the graph that came out is not what was declared
+    ├── RecipeError                   a quantization recipe that cannot be read or applied
+    ├── BundleError                   the bundle on disk
+    │   ├── ManifestError             edgevlm.json is unreadable, inconsistent or of a newer schema
+    │   └── IntegrityError            a file is missing, changed, or lies outside the bundle
+    ├── InputError                    what the caller asked for
+    │   ├── ImageError                no picture, too large, too thin
+    │   ├── PromptError               places and pictures do not match, a template that fails
+    │   └── CapacityError             longer than the KV cache
+    ├── OutputError                   the output folder exists, the disk is full
+    └── MissingDependencyError        a package is not installed; names the extra that has it
+
+Each text says what was asked, what exists, and what to do. Foreign exceptions are mapped where they enter, with
+`raise … from exc`, so `--debug` shows them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "EdgeVLMError",
+    "ExportError",
+    "ImageError",
+    "InputError",
+    "IntegrityError",
+    "ManifestError",
+    "MissingDependencyError",
+    "OutputError",
+    "PromptError",
+    "RecipeError",
+    "UnsupportedModelError",
+    "WeightsError",
+]
+
+
+class EdgeVLMError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class CheckpointError(EdgeVLMError):
+    """The Hugging Face checkpoint cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """No checkpoint under that name, folder or alias."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is fine, but no family covers it."""
+
+
+class WeightsError(CheckpointError):
+    """Weights are missing, truncated, pickled, or of another shape than the configuration says."""
+
+
+class ExportError(EdgeVLMError):
+    """The exported graph is not what was declared."""
+
+
+class RecipeError(EdgeVLMError):
+    """A quantization recipe cannot be read or applied."""
+
+
+class BundleError(EdgeVLMError):
+    """The bundle cannot be used."""
+
+
+class ManifestError(BundleError):
+    """`edgevlm.json` is unreadable, inconsistent, or of a newer schema."""
+
+
+class IntegrityError(BundleError):
+    """A file of the bundle is missing, changed, or lies outside of it."""
+
+
+class InputError(EdgeVLMError):
+    """The request cannot be served as it stands."""
+
+
+class ImageError(InputError):
+    """A picture that is none, or that cannot be taken."""
+
+
+class PromptError(InputError):
+    """Prompt, pictures and chat template do not fit together."""
+
+
+class CapacityError(InputError):
+    """The request needs more places than the KV cache has."""
+
+
+class OutputError(EdgeVLMError):
+    """The result cannot be written."""
+
+
+class MissingDependencyError(EdgeVLMError):
+    """A package is not installed; the text names the extra that has it."""
