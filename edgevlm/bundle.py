@@ -1,0 +1,322 @@
+"""The bundle: a folder that is the only contract between the workshop and the robot.
+
+    edgevlm.json     the manifest below: what the parts are, how the model counts and speaks, sha256 of every file
+    *.json, *.jinja  the checkpoint's own configuration, tokenizer and preprocessing, under Hugging Face's names
+    onnx/            one file a part, with its weights beside it
+    reports/         what was measured; not covered by the hashes, so that measuring does not change the bundle
+
+A bundle appears whole or not at all: it is written into a hidden folder beside its destination and renamed. This
+module knows nothing of families, graphs or backends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from .errors import BundleError, IntegrityError, ManifestError, OutputError
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "FileRecord",
+    "ImageTokens",
+    "KVCache",
+    "Manifest",
+    "Part",
+    "TensorInfo",
+    "check_output",
+    "publish_bundle",
+]
+
+MANIFEST = "edgevlm.json"
+SCHEMA_VERSION = 1
+#: Folders that may change after publishing.
+_UNHASHED = ("reports", "engines")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype as numpy names it; a dimension is a number, or a name where it is dynamic."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ONNX graph. `weights` counts the bytes of its initializers by dtype."""
+
+    file: str
+    nodes: int
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    weights: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """`2 · layers` tensors `past_key_values.N.key|value`, `[batch, heads, capacity, head_dim]`, updated in place."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+
+    def bytes_per_token(self) -> int:
+        """Bytes one position takes over all layers, for one sequence."""
+        return 2 * self.layers * self.heads * self.head_dim * (2 if self.dtype == "float16" else 4)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The token that marks a picture's places, and how many places one picture takes."""
+
+    token: str
+    token_id: int
+    places: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`edgevlm.json`. `context_length` is the longest sequence that the model was made for, in tokens."""
+
+    family: str
+    dtype: str
+    kv_cache: KVCache
+    context_length: int
+    hidden_size: int
+    vocab_size: int
+    image: ImageTokens
+    parts: dict[str, Part] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
+        """Raises ManifestError, naming the place that is wrong."""
+        try:
+            data = json.loads(text)
+        except ValueError as exc:
+            raise ManifestError(f"{where} is not JSON: {exc}. The bundle is damaged; export it again.") from exc
+        if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+            raise ManifestError(f"{where} has no 'schema_version'; it is not the manifest of a bundle.")
+        if data["schema_version"] != SCHEMA_VERSION:
+            newer = data["schema_version"] > SCHEMA_VERSION
+            remedy = "Update EdgeVLM." if newer else "Export the checkpoint again."
+            raise ManifestError(
+                f"{where} has schema version {data['schema_version']}; this EdgeVLM reads version {SCHEMA_VERSION}. {remedy}"
+            )
+        return _decode(cls, data, where)
+
+
+T = TypeVar("T")
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    """A value of the annotated type from parsed JSON; ManifestError names the place that does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            with contextlib.suppress(ManifestError):
+                return _decode(option, data, where)
+        raise ManifestError(f"{where} is {data!r}; expected {' or '.join(getattr(a, '__name__', str(a)) for a in arguments)}.")
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise ManifestError(f"{where} is {type(data).__name__}; expected an object.")
+        hints = typing.get_type_hints(kind)
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(data) - set(known))
+        optional = {n for n, f in known.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING}
+        missing = sorted(set(known) - optional - set(data))
+        if unknown or missing:
+            said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+            raise ManifestError(f"{where} {' and '.join(said)}. The bundle is damaged; export it again.")
+        return kind(**{name: _decode(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ManifestError(f"{where} is {type(data).__name__}; expected an object.")
+        return {name: _decode(arguments[1], value, f"{where}: {name}") for name, value in data.items()}
+    if origin in (tuple, list):
+        if not isinstance(data, list):
+            raise ManifestError(f"{where} is {type(data).__name__}; expected a list.")
+        return origin(_decode(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(data))
+    wanted = type(None) if kind is None else kind
+    if not isinstance(data, wanted) or (isinstance(data, bool) and wanted is not bool):
+        raise ManifestError(f"{where} is {data!r}; expected {wanted.__name__}.")
+    return data
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
+
+
+def _sha256_old(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, check_files: bool = True) -> Bundle:
+        """Reads the manifest and, unless told otherwise, compares every file with its hash.
+
+        Raises BundleError where there is no bundle, ManifestError, or IntegrityError naming the file.
+        """
+        root = Path(folder)
+        if not (root / MANIFEST).is_file():
+            exists = "is no bundle (it has no edgevlm.json)" if root.is_dir() else "does not exist"
+            raise BundleError(f"{root} {exists}. `edgevlm export` and `edgevlm quantize` write bundles.")
+        try:
+            text = (root / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ManifestError(f"{root / MANIFEST} cannot be read: {exc}.") from exc
+        bundle = cls(root, Manifest.from_json(text, str(root / MANIFEST)))
+        bundle._check(check_files)
+        return bundle
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists. Raises IntegrityError where it leads out of the bundle."""
+        relative = PurePosixPath(name)
+        inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
+        path = self.folder / relative
+        if not inside or not path.resolve().is_relative_to(self.folder.resolve()):
+            raise IntegrityError(f"The manifest names {name!r}, which lies outside the bundle {self.folder}. It is not opened.")
+        return path
+
+    def part_path(self, part: str) -> Path:
+        """The ONNX file of a part."""
+        return self.path(self.manifest.parts[part].file)
+
+    def report(self, name: str, content: dict[str, Any]) -> Path:
+        """Writes `reports/NAME.json` and returns its path."""
+        path = self.folder / "reports" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        staged = path.with_suffix(".part")
+        staged.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        staged.replace(path)
+        return path
+
+    def _check(self, hashes: bool) -> None:
+        for part in self.manifest.parts.values():
+            if part.file not in self.manifest.files:
+                raise ManifestError(f"{self.folder / MANIFEST} names the part file {part.file!r} without its hash.")
+        for name, record in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise IntegrityError(f"{path} is missing; the manifest lists it. Copy the bundle again, or export it again.")
+            if path.stat().st_size != record.size:
+                raise IntegrityError(
+                    f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
+                )
+            if hashes and _sha256(path) != record.sha256:
+                raise IntegrityError(f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again.")
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def check_output(output: str | os.PathLike[str], *, force: bool) -> Path:
+    """The destination, or OutputError where it exists and may not be replaced."""
+    path = Path(output)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists. Give another --output, or --force to replace it.")
+    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists and is no bundle; --force replaces bundles only. Give another --output.")
+    return path
+
+
+@contextlib.contextmanager
+def publish_bundle(output: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yields an empty folder to fill; when the block ends well, it takes the place of `output`, else it is removed.
+
+    The block must end by calling `seal` on what it filled. Raises OutputError where `output` exists without `force`,
+    or where the disk is full.
+    """
+    path = check_output(output, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        staging = path.parent / f".{path.name}.{os.getpid()}.part"
+        staging.mkdir()
+    except OSError as exc:
+        raise OutputError(f"{path} cannot be written: {exc.strerror}.") from exc
+    try:
+        yield staging
+        if path.exists():
+            replaced = path.parent / f".{path.name}.{os.getpid()}.old"
+            path.rename(replaced)
+            staging.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            staging.rename(path)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise OutputError(
+                f"The disk is full: writing {path} stopped with {free / 1e6:,.0f} MB free. Nothing was left behind; "
+                "make room, or give an --output on another disk."
+            ) from exc
+        raise OutputError(f"{path} cannot be written: {exc}.") from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what a killed process left: folders named after a process that is gone."""
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Hashes every file in `folder` into the manifest and writes it, last of all."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    records = {
+        name: FileRecord(_sha256(folder / name), (folder / name).stat().st_size)
+        for name in names
+        if name != MANIFEST and name.split("/")[0] not in _UNHASHED
+    }
+    manifest = dataclasses.replace(manifest, files=records)
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest

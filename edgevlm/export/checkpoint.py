@@ -1,0 +1,137 @@
+"""Finds a Hugging Face checkpoint and its weights: an alias, a Hub id, a local folder, or a model that ships with EdgeVLM.
+
+Only safetensors are read. It knows nothing of architectures beyond handing out `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, WeightsError
+from ..models import aliases
+from ..tensors import WeightEntry, read_safetensors_index
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: what the user called it, its folder, its `config.json`, its weights by name."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, WeightEntry]
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Raises CheckpointNotFoundError, CheckpointError (no `config.json`), or WeightsError; each says what to do."""
+    folder, name = _find(model)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no object.")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise UnsupportedModelError(
+            f"{name} is already quantized ({method}). Export the checkpoint with float weights and quantize it with --quantize."
+        )
+    return Checkpoint(name, folder, config, _index_weights(folder))
+
+
+def _find(model: str) -> tuple[Path, str]:
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local, local.resolve().name
+    if (ASSETS / model / "config.json").is_file():
+        return ASSETS / model, model
+    if local.exists():
+        raise CheckpointError(f"{model} is a file; a checkpoint is a folder with config.json and *.safetensors.")
+    known = aliases()
+    hub_id = known.get(model, model)
+    shipped = sorted(p.parent.relative_to(ASSETS).as_posix() for p in ASSETS.glob("*/*/config.json"))
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.startswith("demo/"):
+        raise CheckpointNotFoundError(
+            f"{model!r} is neither a folder here, nor an alias ({', '.join(sorted(known))}), nor a shipped model "
+            f"({', '.join(shipped) or 'none'}), nor a Hub id (owner/name)."
+        )
+    return _download(model, hub_id), hub_id
+
+
+def _download(model: str, hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    asked = f"{model!r}" if model == hub_id else f"{model!r} (an alias of {hub_id})"
+    remedy = (
+        f"Fetch it where there is network with `hf download {hub_id} --local-dir FOLDER`, copy the folder here, and pass the folder "
+        "as --model; or try the shipped model, `--model demo/llava`."
+    )
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED)))
+    except RepositoryNotFoundError as exc:
+        raise CheckpointNotFoundError(
+            f"{asked} is not on the Hugging Face Hub, or needs a token (`hf auth login`). A local folder is taken as well."
+        ) from exc
+    except LocalEntryNotFoundError as exc:
+        raise CheckpointNotFoundError(
+            f"{asked} is not in the local Hugging Face cache, and the Hub could not be reached. {remedy}"
+        ) from exc
+    except (HfHubHTTPError, OSError, ValueError) as exc:
+        raise CheckpointNotFoundError(f"{asked} could not be fetched from the Hugging Face Hub: {exc}. {remedy}") from exc
+    except Exception as exc:  # the Hub client's own HTTP library raises errors that its public names do not cover
+        if "http" not in type(exc).__module__:
+            raise
+        raise CheckpointNotFoundError(f"{asked}: the Hugging Face Hub could not be reached ({exc}). {remedy}") from exc
+
+
+def _index_weights(folder: Path) -> dict[str, WeightEntry]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return _read_file(single)
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise WeightsError(f"{index} is damaged: {type(exc).__name__}: {exc}. Fetch the checkpoint again.") from exc
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if missing:
+            raise WeightsError(
+                f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:4])}. Fetch the checkpoint again."
+            )
+        weights: dict[str, WeightEntry] = {}
+        for shard in shards:
+            weights |= _read_file(folder / shard)
+        return weights
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise WeightsError(
+            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). Pickle files can run any code when they are read, "
+            "so EdgeVLM takes safetensors only. Convert them once, where you trust the file: load the model in transformers with "
+            "from_pretrained(FOLDER) and save it with save_pretrained(NEW_FOLDER), which writes safetensors."
+        )
+    raise WeightsError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json.")
+
+
+def _read_file(path: Path) -> dict[str, WeightEntry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):  # validates the header against the file's length
+            pass
+        return read_safetensors_index(path)
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise WeightsError(f"{path} cannot be read as safetensors ({exc}). It may be truncated; fetch it again.") from exc

@@ -1,0 +1,149 @@
+"""`edgevlm export`: a Hugging Face checkpoint goes in, a bundle comes out.
+
+    checkpoint → family → traced parts (no weights) → passes → [quantization] → weights streamed to disk → manifest
+
+No more than one weight is in memory at a time, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..bundle import Bundle, Manifest, Part, check_output, publish_bundle, seal
+from ..errors import CheckpointError, ExportError, UnsupportedModelError, WeightsError
+from ..graphs import Progress, part_record, save_graph
+from ..models import Family, PartSpec, family_for_config
+from ..quant.quantize import quantize_graph
+from ..quant.recipe import Recipe, load_recipe
+from ..tensors import StoredTensor, WeightEntry
+from .checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["DTYPES", "export_bundle"]
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+#: The checkpoint's own files that the runtime reads, or that a user of the bundle expects to find.
+_COMPANIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def export_bundle(
+    model: str,
+    output: str | Path,
+    *,
+    dtype: str = "fp32",
+    recipe: str | Recipe | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Exports `model` (alias, Hub id, folder or shipped model) to the folder `output`.
+
+    `dtype` is what the graphs compute in, `fp32` or `fp16`; a recipe's name, file or object quantizes on the way.
+    `stage` is told in a few words what begins, `progress` gets every tensor written.
+
+    Raises CheckpointError, UnsupportedModelError, WeightsError, RecipeError, OutputError, ExportError.
+    """
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(f"The dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    chosen = load_recipe(recipe) if recipe is not None else None
+    check_output(output, force=force)
+    checkpoint = open_checkpoint(model)
+    name, family = family_for_config(checkpoint.config)
+    companions = [checkpoint.folder / n for n in _COMPANIONS if (checkpoint.folder / n).is_file()]
+    _require_companions(checkpoint, {c.name for c in companions})
+
+    from .passes import canonical_graph  # torch and transformers take seconds to import; bad input is refused before
+    from .trace import build_fake, trace_part
+
+    stage(f"building {name} without weights")
+    try:
+        fake = build_fake(lambda: family.build_model(checkpoint.folder), DTYPES[dtype])
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a {name} model: {exc}.") from exc
+    weights = {family.weight_name(key): entry for key, entry in checkpoint.weights.items()}
+    manifest = family.describe(checkpoint.folder, fake.model.config, DTYPES[dtype])
+
+    with publish_bundle(output, force=force) as folder:
+        (folder / "onnx").mkdir()
+        parts: dict[str, Part] = {}
+        for spec in family.part_specs(fake.model, DTYPES[dtype]):
+            stage(f"tracing {spec.name}")
+            graph = trace_part(fake, spec)
+            canonical_graph(graph)
+            bind_weights(graph, spec, family, weights)
+            if chosen:
+                quantize_graph(graph, spec.name, chosen)
+            file = f"onnx/{spec.name}.onnx"
+            stage(f"writing {spec.name}")
+            save_graph(graph, folder / file, progress)
+            parts[spec.name] = part_record(graph, file)
+        for companion in companions:
+            shutil.copyfile(companion, folder / companion.name)
+        seal(folder, dataclasses.replace(manifest, parts=parts, recipe=chosen.to_dict() if chosen else None, provenance=_provenance(checkpoint)))
+    return Bundle.open(output, check_files=False)
+
+
+def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[str, WeightEntry]) -> None:
+    """Gives every initializer that stands for a parameter its name and its place in the checkpoint."""
+    from .passes.lower_linear import TRANSPOSED
+    from .trace import PARAMETER
+
+    initializers = list(graph.graph.initializers.values())
+    graph.graph.initializers.clear()
+    for value in initializers:
+        parameter = value.metadata_props.pop(PARAMETER, None)
+        transposed = value.metadata_props.pop(TRANSPOSED, None) is not None
+        if parameter is not None:
+            name = family.weight_name(parameter)
+            entry = weights.get(name) or weights.get(_tied(name))
+            if entry is None:
+                raise WeightsError(
+                    f"The checkpoint has no weight {name!r}, which its configuration asks for in the part {spec.name}. "
+                    "Its files are incomplete, or belong to another configuration."
+                )
+            assert value.shape is not None and value.dtype is not None
+            expected = tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+            stored = entry.shape[::-1] if transposed else entry.shape
+            if stored != expected:
+                raise WeightsError(f"The weight {name!r} has the shape {list(stored)}; config.json asks for {list(expected)}.")
+            if not entry.readable:
+                raise WeightsError(f"The weight {name!r} has the dtype {entry.dtype}; float32, float16 and bfloat16 can be read.")
+            value.name = name if name not in graph.graph.initializers else f"{name}.transposed"
+            value.const_value = StoredTensor(entry, value.dtype, value.name, transposed=transposed)
+        graph.graph.register_initializer(value)
+    foreign = {node.domain for node in graph.graph} - {""}
+    if foreign:
+        raise ExportError(f"The part {spec.name} has operators of {', '.join(sorted(foreign))}; a bundle holds standard ones only.")
+
+
+def _tied(name: str) -> str:
+    """Where a weight is stored that a checkpoint with tied embeddings leaves out."""
+    return {"lm_head.weight": "language_model.embed_tokens.weight"}.get(name, name)
+
+
+def _require_companions(checkpoint: Checkpoint, present: set[str]) -> None:
+    if "tokenizer.json" not in present:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tokenizer.json. Load its tokenizer in transformers (AutoTokenizer.from_pretrained) and save it "
+            "back with save_pretrained, which writes one."
+        )
+    if not present & {"preprocessor_config.json", "processor_config.json"}:
+        raise CheckpointError(f"{checkpoint.folder} has neither preprocessor_config.json nor processor_config.json.")
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint.name,
+        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "edgevlm": metadata.version("edgevlm"),
+        **{package: metadata.version(package) for package in ("torch", "transformers", "onnx-ir")},
+    }

@@ -1,0 +1,127 @@
+"""Weights that are read when they are needed, and never held together.
+
+`StoredTensor` is a tensor of a safetensors file, memory-mapped: what onnx_ir writes as an initializer, cast and
+transposed block by block on the way. It knows nothing of graphs, families or quantization.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["StoredTensor", "WeightEntry", "column_blocks", "read_safetensors_index"]
+
+#: Bytes of float32 that one block of a weight may take while it is cast, transposed or quantized.
+BLOCK_BYTES = 32 << 20
+
+#: safetensors' dtype names that a model's weights come in.
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """Where one tensor lies: file, byte offset, shape, and dtype as safetensors names it."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is floating point of a width that can be read here (not FP8, not packed integers)."""
+        return self.dtype in _DTYPES
+
+    def map(self) -> np.ndarray:
+        """The tensor, memory-mapped and read-only."""
+        if 0 in self.shape:
+            return np.zeros(self.shape, _DTYPES[self.dtype])
+        return np.memmap(self.path, _DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+def read_safetensors_index(path: Path) -> dict[str, WeightEntry]:
+    """The header of a file that the safetensors library has already validated.
+
+    The library itself copies every tensor it returns; with the offsets, the operating system can map them instead.
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: WeightEntry(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }
+
+
+class StoredTensor(ir.TensorProtocol):
+    """A weight of a checkpoint as an onnx_ir tensor of another dtype, transposed if asked (two dimensions only)."""
+
+    def __init__(self, entry: WeightEntry, dtype: ir.DataType, name: str, *, transposed: bool = False) -> None:
+        self.entry, self.dtype, self.name, self.transposed = entry, dtype, name, transposed
+        self.shape = ir.Shape(entry.shape[::-1] if transposed else entry.shape)
+        self.doc_string: str | None = None
+        self.metadata_props: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.entry.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.size * self.dtype.itemsize)
+
+    def stored(self) -> np.ndarray:
+        """The memory-mapped tensor in its own dtype, transposed as a view."""
+        array = self.entry.map()
+        return array.T if self.transposed else array
+
+    def numpy(self) -> np.ndarray:
+        return np.ascontiguousarray(self.stored(), self.dtype.numpy())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.numpy().__dlpack_device__()
+
+    def tobytes(self) -> bytes:
+        return self.numpy().tobytes()
+
+    def tofile(self, file: Any) -> None:
+        """Writes block by block, so that the whole is never in memory."""
+        array = self.stored()
+        if array.ndim < 2:
+            file.write(self.tobytes())
+            return
+        rows = max(1, BLOCK_BYTES // (4 * max(1, array[0].size)))
+        for first in range(0, len(array), rows):
+            file.write(np.ascontiguousarray(array[first : first + rows], self.dtype.numpy()).data)
+
+
+def column_blocks(tensor: ir.TensorProtocol) -> Iterator[tuple[slice, np.ndarray]]:
+    """The columns of a matrix `[K, N]`, in blocks, as float32 `[K, n]`."""
+    array = tensor.stored() if isinstance(tensor, StoredTensor) else tensor.numpy()
+    columns = max(1, BLOCK_BYTES // (4 * max(1, array.shape[0])))
+    for first in range(0, array.shape[1], columns):
+        part = slice(first, min(first + columns, array.shape[1]))
+        yield part, array[:, part].astype(np.float32)
