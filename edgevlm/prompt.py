@@ -155,11 +155,12 @@ def _part(where: str, part: object) -> TextPart | ImagePart:
 
 
 def _picture(where: str, image: object) -> ImagePart:
+    if isinstance(image, str):  # the path of a file; only in a prompt list a string is text
+        return ImagePart(Path(image))
     # Lists and mappings are mistakes (a chat given as prompt, a nested list), never pictures.
-    if image is None or isinstance(image, (str, list, tuple, Mapping)):
-        advice = "a string is always text, so wrap a file name as pathlib.Path" if isinstance(image, str) else ""
-        advice = "pass a chat as messages=" if isinstance(image, Mapping) else advice
-        raise PromptError(f"{where} is {_shown(image)}, not a picture; {advice or 'pass the picture object itself'}")
+    if image is None or isinstance(image, (list, tuple, Mapping)):
+        advice = "pass a chat as messages=" if isinstance(image, Mapping) else "pass the picture object itself"
+        raise PromptError(f"{where} is {_shown(image)}, not a picture; {advice}")
     return ImagePart(image)
 
 

@@ -370,7 +370,7 @@ def test_failing_templates_name_the_reason(folder: Path) -> None:
         ({"prompt": ["x", PICTURE], "images": [PICTURE]}, "leave images= out"),
         ({"prompt": [SYSTEM]}, "messages="),
         ({"prompt": ["x", None]}, r"prompt\[1\]"),
-        ({"prompt": "x", "images": ["cat.png"]}, r"images\[0\].*pathlib"),
+        ({"prompt": "x", "images": [["cat.png"]]}, r"images\[0\].*picture object"),
         ({"prompt": "x", "images": PICTURE}, "list of pictures"),
         ({"messages": [SYSTEM], "images": [PICTURE]}, "part of its message"),
         ({"messages": []}, "at least one message"),
@@ -379,7 +379,7 @@ def test_failing_templates_name_the_reason(folder: Path) -> None:
         ({"messages": [SYSTEM, {"role": "user"}]}, r"messages\[1\] has no content"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "tool_calls"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\].content\[0\].*None"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "pathlib"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": [PICTURE]}]}]}, "picture object"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a string"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": 1}]}]}, "'video'.*text and image"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, r"content\[0\] is a str"),
@@ -514,7 +514,7 @@ STREAMED = {
 
 @pytest.mark.parametrize("name", list(STREAMED))
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_streamed_pieces_add_up(name: str, data: st.DataObject) -> None:
     tokenizer = STREAMED[name]
     size = tokenizer.backend.get_vocab_size()
@@ -568,7 +568,7 @@ def test_library_stream_is_not_enough() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, edgevlm.prompt; print(sorted({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    code = "import sys, edgevlm.prompt; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.onnx.ops import symbolic
+from transformers.initialization import no_init_weights
 
 from ..models import PartSpec
 from ..models.decoder import ATTENTION
@@ -58,7 +59,8 @@ def build_fake(build: Callable[[], nn.Module], dtype: str) -> FakeModel:
                 parameter = nn.Parameter(torch.empty(parameter.shape, dtype=getattr(torch, dtype)), requires_grad=False)
         register(self, name, parameter)
 
-    with _patched(nn.Module, "register_parameter", register_fake), torch.no_grad():
+    # Initial values of nothing cost nothing, but some initialisers read what they drew.
+    with _patched(nn.Module, "register_parameter", register_fake), no_init_weights(), torch.no_grad():
         model = build()
     for module in model.modules():
         config = getattr(module, "config", None)

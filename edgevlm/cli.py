@@ -1,0 +1,342 @@
+"""The command line: arguments in, library calls, tables and exit codes out. It computes nothing itself.
+
+Exit codes: 0 done; 1 `verify` found a limit missed; 2 the request cannot be served as it stands (the text says what to
+do); 3 a bug in EdgeVLM; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import EdgeVLMError, MissingDependencyError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except EdgeVLMError as exc:
+        return _fail(arguments, 2, f"error: {exc}")
+    except KeyboardInterrupt:
+        return _fail(arguments, 130, "interrupted; nothing was left behind")
+    except BrokenPipeError:  # the reader (`head`, a closed pager) has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        return 0
+    except Exception as exc:  # the last resort: a bug, reported as one
+        return _fail(arguments, 3, f"internal error: {type(exc).__name__}: {exc}. This is a bug; --debug shows where.")
+
+
+def _fail(arguments: argparse.Namespace, code: int, text: str) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    print(f"edgevlm {arguments.name}: {text}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgevlm", description="Vision-language models from Hugging Face checkpoints to robots.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"edgevlm {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command("export", _export, "Turn a Hugging Face checkpoint into a bundle.")
+    sub.add_argument("--model", required=True, help="alias (llava), Hub id, local folder, or shipped model (demo/llava)")
+    sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
+    sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
+    sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
+    sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
+
+    sub = command("quantize", _quantize, "Make a quantized bundle from a float one (no torch needed).")
+    sub.add_argument("bundle", type=Path, help="a float bundle")
+    sub.add_argument("--recipe", required=True, help="int8, int4, or a recipe file (.toml, .json)")
+    sub.add_argument("--output", required=True, type=Path, help="the new bundle's folder")
+    sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
+
+    sub = command("verify", _verify, "Compare a bundle with the PyTorch model it came from.")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--against", required=True, metavar="MODEL", help="the checkpoint, as for export --model")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    sub = command("run", _run, "Ask a bundle about pictures.")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="a picture; may be given several times")
+    sub.add_argument("--prompt", required=True, help="the question")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; greedy without")
+    sub.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach P together")
+    sub.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
+    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
+    sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of the stream")
+
+    sub = command("inspect", _inspect, "Show what is in a bundle.")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("doctor", _doctor, "Show what this machine offers, what is missing, and how to get it.")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("demo", _demo, "Export, quantize, verify and score the shipped model.")
+    sub.add_argument("--output", type=Path, default=Path("build/demo"), help="where the bundles go (default: build/demo)")
+    sub.add_argument("--questions", type=int, default=1000, help="held-out questions to score on (default: 1000)")
+    return parser
+
+
+# -------------------------------------------------------------------------------------------- commands
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    with _extra("export"):
+        from .export.export import export_bundle
+    with _progress() as (stage, step):
+        bundle = export_bundle(
+            arguments.model, arguments.output, dtype=arguments.dtype, recipe=arguments.quantize, force=arguments.force,
+            progress=step, stage=stage,
+        )  # fmt: skip
+    _print_parts(bundle)
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    with _extra("quantize"):
+        from .quant.quantize import quantize_bundle
+    with _progress() as (stage, step):
+        bundle = quantize_bundle(
+            arguments.bundle, arguments.output, arguments.recipe, force=arguments.force, progress=step, stage=stage
+        )
+    _print_parts(bundle)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with _extra("export"):
+        from .verify import verify_bundle
+    with _progress() as (stage, _):
+        report = verify_bundle(arguments.bundle, arguments.against, stage=stage)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report)
+    return 1 if report.failures else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .vlm import VLM
+
+    vlm = VLM.load(arguments.bundle, capacity=arguments.capacity, backend=arguments.backend, threads=arguments.threads)
+    stream = vlm.stream(
+        arguments.prompt, images=arguments.image, max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
+    )  # fmt: skip
+    if not arguments.json:
+        for piece in stream:
+            print(piece.text, end="", flush=True)
+        print()
+    reply = stream.reply
+    timings = reply.timings
+    if arguments.json:
+        speed = {"tokens_per_second": timings.tokens_per_second}
+        backends = {part: dataclasses.asdict(choice) for part, choice in vlm.backends.items()}
+        print(json.dumps(dataclasses.asdict(reply) | speed | {"backends": backends}, indent=2, ensure_ascii=False))
+        return 0
+    used: dict[str, list[str]] = {}
+    for part, choice in vlm.backends.items():
+        used.setdefault(choice.backend, []).append(part)
+    speed_text = f"{timings.tokens_per_second:.1f} tokens/s" if timings.decoded_tokens else "one token"
+    ended = {"length": ", cut at --max-new-tokens", "capacity": ", cut because the KV cache is full"}.get(reply.finish_reason, "")
+    print(
+        f"\nfirst token after {timings.first_token:.0f} ms (vision {timings.vision:.0f}, prefill {timings.prefill:.0f} for "
+        f"{timings.prompt_tokens} tokens), {speed_text}, {len(reply.tokens)} tokens{ended}",
+        file=sys.stderr,
+    )
+    print("; ".join(f"{backend}: {', '.join(parts)}" for backend, parts in used.items()), file=sys.stderr)
+    for backend, reason in {b: r for c in vlm.backends.values() for b, r in c.passed_over.items()}.items():
+        print(f"not on {backend}: {reason}", file=sys.stderr)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .bundle import Bundle
+
+    bundle = Bundle.open(arguments.bundle, check_files=False)
+    if arguments.json:
+        print(bundle.manifest.to_json(), end="")
+        return 0
+    from rich.markup import escape
+
+    manifest = bundle.manifest
+    console = _console()
+    _print_parts(bundle, shapes=True)
+    facts = {
+        "family": manifest.family,
+        "computes in": manifest.dtype,
+        "recipe": (manifest.recipe or {}).get("name", "none (float)"),
+        "context length": f"{manifest.context_length:,} tokens",
+        "KV cache": f"{manifest.kv_cache.bytes_per_token() / 1e3:,.1f} kB a token ({manifest.kv_cache.layers} layers, "
+        f"{manifest.kv_cache.heads} heads of {manifest.kv_cache.head_dim}, {manifest.kv_cache.dtype})",
+        "picture": f"{manifest.image.places} tokens ({manifest.image.token})",
+        "files": f"{len(manifest.files)}, {sum(f.size for f in manifest.files.values()) / 1e6:,.1f} MB",
+        **{f"made with {k}" if k not in ("checkpoint", "architecture") else k: v for k, v in manifest.provenance.items()},
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:>22}[/]  {escape(str(value))}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    findings = examine()
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        return 0
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column)
+    marks = {True: "[green]ok[/]", False: "[yellow]--[/]", None: ""}
+    for finding in findings:
+        table.add_row(marks[finding.ok], *map(escape, (finding.what, finding.found, finding.remedy)))
+    _console().print(table)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    with _extra("export"):
+        from .demo import run_demo
+    run_demo(arguments.output, arguments.questions, _console())
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Imports inside need an extra; where it is missing, the error names it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        yield
+        if name == "export":
+            import torch  # noqa: F401
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+    except ImportError as exc:
+        if (exc.name or "").startswith("edgevlm"):
+            raise
+        raise MissingDependencyError(
+            f"The package {exc.name!r} is missing. `pip install 'edgevlm[{name}]'` brings what this command needs."
+        ) from exc
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int], None]]]:
+    """A bar on stderr: what is being done, and over how many tensors it is through."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None, detail="")
+
+        def stage(text: str) -> None:
+            bars.update(task, description=text, completed=0, total=None, detail="")
+
+        def step(name: str, done: int, total: int, size: int) -> None:
+            bars.update(task, completed=done + 1, total=total, detail=f"{name} ({size / 1e6:.1f} MB)")
+
+        yield stage, step
+
+
+def _print_parts(bundle: Any, *, shapes: bool = False) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=str(bundle.folder), title_justify="left")
+    for column in ("part", "nodes", "MB", "weights"):
+        table.add_column(column, justify="right" if column in ("nodes", "MB") else "left")
+    if shapes:
+        table.add_column("inputs → outputs", overflow="fold")
+    manifest = bundle.manifest
+    for name, part in manifest.parts.items():
+        weights = ", ".join(f"{dtype} {size / 1e6:,.2f}" for dtype, size in part.weights.items() if size >= 0.01 * part.size)
+        row = [name, str(part.nodes), f"{part.size / 1e6:,.2f}", weights]
+        if shapes:
+            row.append(escape(f"{_describe(part.inputs)} → {_describe(part.outputs)}"))
+        table.add_row(*row)
+    total = sum(part.size for part in manifest.parts.values())
+    table.add_row("[bold]all", str(sum(p.nodes for p in manifest.parts.values())), f"{total / 1e6:,.2f}", f"computes in {manifest.dtype}")
+    _console().print(table)
+
+
+def _describe(tensors: dict[str, Any]) -> str:
+    shown = [f"{n} {t.dtype}[{', '.join(map(str, t.shape))}]" for n, t in tensors.items() if "." not in n]
+    hidden = len(tensors) - len(shown)
+    return ", ".join(shown) + (f", {hidden} cache tensors" if hidden else "")
+
+
+def print_report(report: Any) -> None:
+    """The tables of `verify`."""
+    from rich.table import Table
+
+    console = _console()
+    parts = Table(box=None, pad_edge=False, header_style="bold", title=f"{report.bundle} against {report.against}", title_justify="left")
+    for column in ("part", "weights", "max abs diff", "largest value", "cosine", ""):
+        parts.add_column(column, justify="left" if column in ("part", "weights", "") else "right")
+    verdict = {True: "[green]ok[/]", False: "[red]MISSED[/]"}
+    for check in report.parts:
+        parts.add_row(
+            check.part, check.kind, f"{check.max_abs:.1e}", f"{check.peak:.2f}", f"{check.cosine:.6f}", verdict[check.passed]
+        )
+    cases = Table(box=None, pad_edge=False, header_style="bold", title="end to end", title_justify="left")
+    for column in ("case", "prompt", "max abs diff of logits", "cosine", "same choice", "equal greedy tokens", ""):
+        cases.add_column(column, justify="left" if column in ("case", "") else "right")
+    for case in report.sequences:
+        cases.add_row(
+            case.case, f"{case.prompt_tokens}", f"{case.max_abs:.1e}", f"{case.cosine:.6f}", f"{100 * case.top1:.1f} %",
+            f"{case.same_tokens} of {case.tokens}", verdict[case.passed],
+        )  # fmt: skip
+    console.print(parts, "", cases, "")
+    if report.failures:
+        console.print(f"[red]missed:[/] {', '.join(report.failures)}")
+    elif report.kind in ("int8", "int4"):
+        console.print("Within the limits for quantized weights; the numbers are the drift from the float model.")
+    else:
+        console.print("All within the limits.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`edgevlm demo`: the whole path on the shipped model, from checkpoint to scores, in about two minutes on two cores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .bundle import MANIFEST, Bundle
+from .cli import print_report
+from .errors import OutputError
+from .evaluate import Score, blind_answers, score_answers, score_scenes
+from .export.export import export_bundle
+from .quant.quantize import quantize_bundle
+from .scenes import KINDS, heldout_questions, render_scene, sample_scene
+from .verify import verify_bundle
+from .vlm import VLM
+
+__all__ = ["run_demo"]
+
+MODEL = "demo/llava"
+SCENE = 11_000_012
+QUESTIONS = ("How many objects are there?", "Describe the scene.")
+
+
+def run_demo(output: Path, questions: int, console: Any) -> None:
+    """Exports, quantizes, verifies, asks and scores; leaves bundles, the picture and `summary.json` in `output`."""
+    from rich.progress import Progress
+    from rich.table import Table
+
+    _clear(output)
+    folders = {kind: output / f"llava-{kind}" for kind in ("float", "int8", "int4")}
+    console.print(f"[bold]1. Export[/] {MODEL} to ONNX and quantize it")
+    export_bundle(MODEL, folders["float"])
+    for kind in ("int8", "int4"):
+        quantize_bundle(folders["float"], folders[kind], kind)
+
+    console.print("\n[bold]2. Verify[/] the float bundle against PyTorch")
+    report = verify_bundle(folders["float"], MODEL)
+    print_report(report)
+
+    console.print("\n[bold]3. Ask[/] about a scene")
+    picture = render_scene(sample_scene(SCENE), 336)
+    picture.save(output / "scene.png")
+    vlm = VLM.load(folders["int4"])
+    for text in QUESTIONS:
+        reply = vlm.generate(text, images=[picture])
+        console.print(f"   {text}  [bold]{reply.text}[/]   ({reply.timings.first_token:.0f} ms to the first token)")
+    console.print(f"   The picture is {output / 'scene.png'}; ask more: edgevlm run {folders['int4']} --image … --prompt …")
+
+    console.print(f"\n[bold]4. Score[/] each on {questions} questions about scenes that no training has seen")
+    heldout = list(heldout_questions(questions))
+    scores: dict[str, Score] = {"blind": score_answers(blind_answers(heldout))}
+    with Progress(console=console, transient=True) as bars:
+        for kind, folder in folders.items():
+            task = bars.add_task(kind, total=len(heldout))
+            scores[kind] = score_scenes(VLM.load(folder), heldout, step=lambda task=task: bars.advance(task))  # type: ignore[misc]
+    console.print(_score_table(scores, Table))
+
+    console.print("\n[bold]5. Size and speed[/] on this machine (medians; the machine may be busy with other things)")
+    speeds = measure_speed(folders)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "weights MB", "exact match", "vision ms", "prefill ms", "first token ms", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, folder in folders.items():
+        size = sum(part.size for part in Bundle.open(folder, check_files=False).manifest.parts.values()) / 1e6
+        s = speeds[kind]
+        table.add_row(
+            kind, f"{size:.2f}", f"{scores[kind].percent():.1f} %", f"{s['vision']:.1f}", f"{s['prefill']:.1f}",
+            f"{s['first_token']:.1f}", f"{s['tokens_per_second']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    summary = {
+        "scores": {name: {k: score.percent(k) for k in KINDS} | {"all": score.percent()} for name, score in scores.items()},
+        "speed": speeds,
+        "parity": report.to_dict(),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _clear(output: Path) -> None:
+    """Only what an earlier demo left is replaced."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; give a folder as --output.")
+    for kind in ("float", "int8", "int4"):
+        folder = output / f"llava-{kind}"
+        if folder.exists() and not (folder / MANIFEST).is_file():
+            raise OutputError(f"{folder} exists and is no bundle. Give another --output.")
+        shutil.rmtree(folder, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _score_table(scores: dict[str, Score], table_class: Any) -> Any:
+    table = table_class(box=None, pad_edge=False, header_style="bold")
+    table.add_column("exact match %")
+    for name in scores:
+        table.add_column(name, justify="right")
+    for kind in KINDS:
+        table.add_row(kind, *(f"{score.percent(kind):.1f}" for score in scores.values()))
+    table.add_row("[bold]all", *(f"[bold]{score.percent():.1f}" for score in scores.values()))
+    return table
+
+
+def measure_speed(folders: dict[str, Path], rounds: int = 12) -> dict[str, dict[str, float]]:
+    """Medians over new pictures, the bundles in turn; each has answered about another picture before."""
+    models = {kind: VLM.load(folder) for kind, folder in folders.items()}
+    taken: dict[str, list[Any]] = {kind: [] for kind in models}
+    for number in range(rounds + 1):
+        picture = render_scene(sample_scene(11_900_000 + number))
+        for kind, vlm in models.items():
+            reply = vlm.generate("Describe the scene.", images=[picture])
+            if number:
+                taken[kind].append(reply.timings)
+    names = ("vision", "prefill", "first_token", "tokens_per_second")
+    return {kind: {name: statistics.median(getattr(t, name) for t in times) for name in names} for kind, times in taken.items()}

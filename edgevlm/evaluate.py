@@ -1,0 +1,68 @@
+"""Scores on questions with one right answer: exact match by kind, and what a blind answer would reach."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .scenes import KINDS, SPLITS, Question, Scene, ask_all, render_scene, sample_scene
+from .vlm import VLM
+
+__all__ = ["Score", "blind_answers", "score_answers", "score_scenes"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers and questions, by kind."""
+
+    right: dict[str, int]
+    asked: dict[str, int]
+
+    def percent(self, kind: str | None = None) -> float:
+        """Exact match in percent, of one kind or of all questions."""
+        right = self.right[kind] if kind else sum(self.right.values())
+        asked = self.asked[kind] if kind else sum(self.asked.values())
+        return 100 * right / asked if asked else float("nan")
+
+
+def score_answers(pairs: Iterable[tuple[Question, str]]) -> Score:
+    """Exact match, apart from blanks around the answer."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for question, answer in pairs:
+        asked[question.kind] += 1
+        right[question.kind] += answer.strip() == question.answer
+    return Score({kind: right[kind] for kind in asked}, dict(asked))
+
+
+def score_scenes(
+    vlm: VLM, questions: Iterable[tuple[Scene, Question]], *, side: int = 224, step: Callable[[], None] = lambda: None
+) -> Score:
+    """Asks a model about pictures of `side` pixels, one question at a time, greedily."""
+
+    def answers() -> Iterable[tuple[Question, str]]:
+        shown, picture = None, None
+        for scene, question in questions:
+            if scene is not shown:
+                shown, picture = scene, render_scene(scene, side)
+            yield question, vlm.generate(question.text, images=[picture], max_new_tokens=48).text
+            step()
+
+    return score_answers(answers())
+
+
+def blind_answers(questions: Iterable[tuple[Scene, Question]], scenes: int = 3000) -> Iterable[tuple[Question, str]]:
+    """The most frequent answer to the same words over training scenes, or, where they never came up, to that kind."""
+    by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    order = list(SPLITS["train"][:scenes])
+    random.Random(0).shuffle(order)
+    for seed in order:
+        for question in ask_all(sample_scene(seed)):
+            by_text[question.text][question.answer] += 1
+            by_kind[question.kind][question.answer] += 1
+    for _, question in questions:
+        known = by_text.get(question.text) or by_kind[question.kind]
+        yield question, known.most_common(1)[0][0]

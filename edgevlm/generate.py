@@ -1,0 +1,128 @@
+"""Decoding: the decoder part around its KV cache, prefill in chunks, and the choice of the next token.
+
+It knows token ids and embeddings; nothing of text, pictures or families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bundle import KVCache
+from .errors import CapacityError, InputError
+from .runtimes import PartSession, State
+
+__all__ = ["CHUNK", "Decoder", "PrefixCache", "Sampling", "choose_token"]
+
+#: Rows of a prompt that go through the decoder at once: what one prefill step needs is independent of the prompt.
+CHUNK = 256
+#: Attention costs by capacity, not by fill, so the cache grows in steps of this many positions.
+STEP = 256
+
+
+class Decoder:
+    """The decoder part with a KV cache for `batch` sequences that grows up to `capacity` positions."""
+
+    def __init__(self, session: PartSession, kv: KVCache, capacity: int, batch: int = 1) -> None:
+        self.capacity, self._session = capacity, session
+        pairs = {
+            f"past_key_values.{layer}.{which}": f"present.{layer}.{which}" for layer in range(kv.layers) for which in ("key", "value")
+        }
+        self._state: State = session.new_state(pairs, batch, min(STEP, capacity))
+
+    def forward(self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Writes rows `[B, S, hidden]` at positions `start[b]`… and returns the logits `[B, vocabulary]` of row `last[b]`.
+
+        Rows behind `last[b]` are padding: they are overwritten before anything looks at them.
+        """
+        length = embeds.shape[1]
+        self._reserve(int(start.max()) + length)
+        feeds = {
+            "inputs_embeds": embeds,
+            "position_ids": start[:, None] + np.arange(length)[None],
+            "last_token_index": last,
+        }
+        return self._session.run(feeds, self._state)["logits"][:, 0].astype(np.float32)
+
+    def _reserve(self, positions: int) -> None:
+        if positions > self.capacity:
+            raise CapacityError(f"The sequence needs {positions} positions; the KV cache was loaded with a capacity of {self.capacity}.")
+        if positions > self._state.capacity:
+            self._state.grow(min(self.capacity, -(-positions // STEP) * STEP))
+
+
+class PrefixCache:
+    """One sequence whose beginning is kept: what the next prompt has in common with it is not computed again.
+
+    Each position has a key that stands for all that it depends on: the token, or the picture's digest and the place in
+    it. Not thread-safe.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.keys: list[Hashable] = []
+
+    def prefill(self, keys: Sequence[Hashable], embed: Callable[[int, int], np.ndarray]) -> tuple[np.ndarray, int]:
+        """Logits `[vocabulary]` behind the last key, and how many positions were reused.
+
+        `embed(first, end)` gives the embeddings `[end - first, hidden]` of the prompt's rows.
+        """
+        reused = 0
+        # The last row is always computed: its logits are what is asked for.
+        while reused < min(len(self.keys), len(keys) - 1) and self.keys[reused] == keys[reused]:
+            reused += 1
+        del self.keys[reused:]
+        logits = np.empty(0, np.float32)
+        for first in range(reused, len(keys), CHUNK):
+            end = min(first + CHUNK, len(keys))
+            rows = embed(first, end)[None]
+            logits = self.decoder.forward(rows, np.array([first]), np.array([end - first - 1]))[0]
+            self.keys.extend(keys[first:end])
+        return logits, reused
+
+    def extend(self, key: Hashable, row: np.ndarray) -> np.ndarray:
+        """One more position, `[hidden]`, and the logits behind it."""
+        logits = self.decoder.forward(row[None, None], np.array([len(self.keys)]), np.array([0]))[0]
+        self.keys.append(key)
+        return logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily unless there is a temperature. Limits as in transformers' `generate`."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it is 0 (greedy) or more.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it is above 0 and at most 1.")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; it is 1 or more.")
+        if not self.temperature and (self.top_p is not None or self.top_k is not None):
+            raise InputError("top_p and top_k choose among sampled tokens; give a temperature above 0 with them.")
+
+    def generator(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+
+def choose_token(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """The next token from logits `[vocabulary]`: temperature, then top-k, then top-p, then a draw."""
+    if not sampling.temperature:
+        return int(logits.argmax())
+    scores = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scores, kind="stable")[: sampling.top_k]
+    weights = np.exp(scores[order] - scores[order[0]])
+    weights /= weights.sum()
+    if sampling.top_p is not None:
+        # The smallest set whose probability reaches top_p.
+        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p, "left")) + 1
+        order, weights = order[:keep], weights[:keep]
+        weights /= weights.sum()
+    return int(rng.choice(order, p=weights))

@@ -1,0 +1,78 @@
+"""What a backend is: it opens a part, and runs it. One file a backend, found by its name.
+
+Checks live here, in the public methods; a backend implements the ones with an underscore. Nothing here knows of models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle import Part
+from ..errors import BundleError
+
+__all__ = ["Backend", "PartSession", "State"]
+
+
+class State(ABC):
+    """Tensors that a part updates in place from run to run: the KV cache, `[B, heads, capacity, head_dim]` each."""
+
+    capacity: int
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Makes room for more positions; what is stored stays."""
+
+
+class PartSession(ABC):
+    """One part, opened on one backend."""
+
+    def __init__(self, name: str, part: Part) -> None:
+        self.name, self.part = name, part
+
+    def run(self, feeds: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
+        """Runs the part. Floating-point feeds are cast to what it takes; outputs that are state are not returned.
+
+        Raises BundleError where names or shapes are not the part's: the bundle and the runtime disagree.
+        """
+        ready: dict[str, np.ndarray] = {}
+        for name, info in self.part.inputs.items():
+            if name in feeds:
+                array = feeds[name]
+                fits = len(array.shape) == len(info.shape) and all(
+                    not isinstance(want, int) or want == have for want, have in zip(info.shape, array.shape, strict=True)
+                )
+                if not fits:
+                    raise BundleError(f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}.")
+                ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
+            elif state is None:
+                raise BundleError(f"The part {self.name} needs the input {name!r}; it was given {', '.join(sorted(feeds))}.")
+        return self._run(ready, state)
+
+    @abstractmethod
+    def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
+        """Zeroed state tensors for the given input → output names."""
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, np.ndarray], state: State | None) -> dict[str, np.ndarray]: ...
+
+
+class Backend(ABC):
+    """A way to run parts, best device first in `edgevlm.runtimes.BACKENDS`."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used on this machine, or None."""
+
+    @abstractmethod
+    def open(self, path: Path, name: str, part: Part, threads: int | None) -> PartSession:
+        """Opens a part. Raises BundleError where the file is broken, BackendUnavailable where the device is not usable."""
+
+
+class BackendUnavailable(Exception):
+    """The backend turned out not to be usable; the text is the reason. Never reaches the user as an exception."""

@@ -1,0 +1,350 @@
+"""The runtime: a bundle is loaded, a picture and a question go in, an answer comes out. Free of torch.
+
+    vlm = VLM.load("bundle", capacity=2048)
+    reply = vlm.generate("How many cubes?", images=[image])
+    for piece in vlm.stream("Describe the scene.", images=[image]): print(piece.text, end="")
+
+It stitches the parts together; what is special about a family is in its file under `models/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import CapacityError, InputError, ManifestError
+from .generate import Decoder, PrefixCache, Sampling, choose_token
+from .images import ImageProcessor, image_digest, load_image
+from .models import family_by_name
+from .prompt import ChatTemplate, PromptBuilder, TextStream, Tokenizer, normalize_request
+from .runtimes import Choice, PartSession, open_part
+
+__all__ = ["VLM", "Piece", "Reply", "Stream", "Timings"]
+
+#: Pictures whose features are kept, newest first. One of LLaVA-1.5-7B takes 9 MB.
+_KEPT_PICTURES = 8
+
+
+@dataclass
+class Timings:
+    """What a call spent, in milliseconds, and what it did not have to do again."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    first_token: float = 0.0
+    """From the call to the first token: preprocessing, vision, prefill."""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Prompt positions whose keys and values were still there from the last call."""
+    reused_images: int = 0
+    """Pictures whose features were still there."""
+    decoded_tokens: int = 0
+    """Tokens that `decode` covers: all but the first, which comes out of the prefill."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding; 0 where the answer had one token."""
+        return 1e3 * self.decoded_tokens / self.decode if self.decode else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer: the text that became certain, and the token that brought it (None: the rest at the end)."""
+
+    text: str
+    token: int | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer. `tokens` are the generated ids without the stop token.
+
+    `finish_reason`: `stop` (the model ended it), `length` (`max_new_tokens`), `capacity` (the KV cache is full), `closed`
+    (the stream was closed before its end).
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    timings: Timings
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer as they are decoded; when it is through, `reply` holds the whole.
+
+    The model serves one answer at a time, so a stream that is left halfway should be closed.
+    """
+
+    def __init__(self, pieces: Generator[Piece, None, None], result: dict[str, Any], timings: Timings) -> None:
+        self._pieces, self._result, self._timings = pieces, result, timings
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the answer where it is; `reply` then has what there is, with `finish_reason` "closed"."""
+        self._pieces.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer; reads the rest of the stream first."""
+        for _ in self._pieces:
+            pass
+        return Reply(timings=self._timings, **self._result)
+
+
+@dataclass
+class _Features:
+    """Picture features by content, the most recently used ones."""
+
+    kept: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
+
+    def get(self, digest: str) -> np.ndarray | None:
+        if digest in self.kept:
+            self.kept.move_to_end(digest)
+        return self.kept.get(digest)
+
+    def put(self, digest: str, features: np.ndarray) -> None:
+        self.kept[digest] = features
+        while len(self.kept) > _KEPT_PICTURES:
+            self.kept.popitem(last=False)
+
+
+class VLM:
+    """A loaded vision-language model. Calls may come from several threads; they are served one after the other."""
+
+    def __init__(
+        self, bundle: Bundle, sessions: Mapping[str, PartSession], backends: Mapping[str, Choice], capacity: int
+    ) -> None:
+        """Use `VLM.load`."""
+        self.bundle, self.backends, self.capacity = bundle, dict(backends), capacity
+        manifest = bundle.manifest
+        self._sessions = sessions
+        self._family = family_by_name(manifest.family)
+        self._processor = ImageProcessor.from_config(_preprocessor_config(bundle.folder))
+        tokenizer = Tokenizer.from_folder(bundle.folder)
+        template = ChatTemplate.from_folder(bundle.folder, tokenizer.names)
+        image = manifest.image
+        self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places)
+        self._stop = _stop_ids(bundle.folder, tokenizer)
+        self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity))
+        self._features = _Features()
+        self._lock = threading.Lock()
+        self._serving: int | None = None
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        capacity: int | None = None,
+        backend: str | None = None,
+        threads: int | None = None,
+        check_files: bool = True,
+    ) -> VLM:
+        """Loads a bundle.
+
+        `capacity` is the longest sequence in tokens, prompt and answer together; as a default the model's context
+        length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `cpu` or `cuda` for every
+        part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
+        limits the cores of each part. `check_files` compares every file with its hash (about a second a gigabyte).
+
+        Raises BundleError and its kinds, InputError, MissingDependencyError.
+        """
+        opened = Bundle.open(bundle, check_files=check_files)
+        manifest = opened.manifest
+        if capacity is None:
+            capacity = min(manifest.context_length, 4096)
+        if not 2 <= capacity <= manifest.context_length:
+            raise InputError(
+                f"The capacity asked for is {capacity}; it is 2 to {manifest.context_length}, the context length of this model."
+            )
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}; it is 1 or more.")
+        sessions: dict[str, PartSession] = {}
+        backends: dict[str, Choice] = {}
+        for name, part in manifest.parts.items():
+            sessions[name], backends[name] = open_part(opened.part_path(name), name, part, backend=backend, threads=threads)
+        return cls(opened, sessions, backends, capacity)
+
+    def generate(
+        self,
+        prompt: str | Sequence[object] | None = None,
+        *,
+        images: Sequence[object] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Reply:
+        """Answers.
+
+        A string `prompt` with `images`, a list of pictures and strings in their order, or chat `messages`. A picture is
+        a PIL image, a uint8 array `[H, W, 3]`, a `pathlib.Path` (in `images` a string, too) or the bytes of a file.
+        Greedy unless `temperature` is above 0.
+
+        Raises ImageError, PromptError, CapacityError or InputError before any work is done.
+        """
+        return self.stream(
+            prompt, images=images, messages=messages, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        ).reply  # fmt: skip
+
+    def stream(
+        self,
+        prompt: str | Sequence[object] | None = None,
+        *,
+        images: Sequence[object] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Stream:
+        """As `generate`, piece by piece. The request is checked here; the work begins with the first piece."""
+        began = time.perf_counter()
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens!r}; it is a whole number of 1 or more.")
+        request = normalize_request(prompt, images, messages)
+        pictures = [load_image(source) for source in request.images]  # type: ignore[arg-type]
+        built = self._builder.build(request)
+        if len(built.ids) + 1 > self.capacity:
+            raise CapacityError(
+                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs at least one; the "
+                f"model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
+                f"(this model: up to {self.bundle.manifest.context_length})."
+            )
+        timings = Timings(prompt_tokens=len(built.ids), first_token=-1e3 * began)
+        result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed"}
+        digests = [image_digest(picture) for picture in pictures]
+        arrays = [None if digest in self._features.kept else self._processor(p) for p, digest in zip(pictures, digests, strict=True)]
+
+        def pieces() -> Generator[Piece, None, None]:
+            with self._turn():
+                features = [self._see(d, array, timings) for d, array in zip(digests, arrays, strict=True)]
+                yield from self._decode(built.ids, built.places, digests, features, max_new_tokens, sampling, timings, result)
+
+        return Stream(pieces(), result, timings)
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One answer at a time: other threads wait, the thread that is in the middle of one would wait for itself."""
+        if self._serving == threading.get_ident():
+            raise InputError("An answer of this model is still being streamed in this thread. Read it to its end, or close() it, first.")
+        with self._lock:
+            self._serving = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._serving = None
+
+    def _run(self, part: str, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return self._sessions[part].run(feeds)
+
+    def _see(self, digest: str, pixel_values: np.ndarray | None, timings: Timings) -> np.ndarray:
+        features = self._features.get(digest)
+        if features is not None:
+            timings.reused_images += 1
+            return features
+        assert pixel_values is not None
+        began = time.perf_counter()
+        features = self._family.embed_image(self._run, pixel_values)
+        self._features.put(digest, features)
+        timings.vision += 1e3 * (time.perf_counter() - began)
+        return features
+
+    def _decode(
+        self, ids: list[int], places: Sequence[tuple[int, int]], digests: list[str], features: list[np.ndarray],
+        max_new_tokens: int, sampling: Sampling, timings: Timings, result: dict[str, Any],
+    ) -> Iterator[Piece]:  # fmt: skip
+        keys: list[Hashable] = list(ids)
+        for (start, length), digest in zip(places, digests, strict=True):
+            keys[start : start + length] = [(digest, i) for i in range(length)]
+
+        def embed(first: int, end: int) -> np.ndarray:
+            rows = np.array(self._embed(ids[first:end]))
+            for (start, length), feature in zip(places, features, strict=True):
+                a, b = max(first, start), min(end, start + length)
+                if a < b:
+                    rows[a - first : b - first] = feature[a - start : b - start]
+            return rows
+
+        began = time.perf_counter()
+        logits, timings.reused_tokens = self._cache.prefill(keys, embed)
+        rng, text = sampling.generator(), TextStream(self._builder.tokenizer)
+        token = choose_token(logits, sampling, rng)
+        first_at = time.perf_counter()
+        timings.prefill = 1e3 * (first_at - began)
+        timings.first_token += 1e3 * first_at
+        tokens: list[int] = result["tokens"]
+        while True:
+            if token in self._stop:
+                result["finish_reason"] = "stop"
+                break
+            tokens.append(token)
+            piece = text.push(token)
+            result["text"] += piece
+            yield Piece(piece, token)
+            if len(tokens) == max_new_tokens:
+                result["finish_reason"] = "length"
+                break
+            if len(self._cache.keys) == self.capacity:
+                result["finish_reason"] = "capacity"
+                break
+            step = time.perf_counter()
+            logits = self._cache.extend(token, self._embed([token])[0])
+            token = choose_token(logits, sampling, rng)
+            timings.decode += 1e3 * (time.perf_counter() - step)
+            timings.decoded_tokens += 1
+        rest = text.finish()
+        result["text"] += rest
+        if rest:
+            yield Piece(rest, None)
+
+    def _embed(self, ids: Sequence[int]) -> np.ndarray:
+        return self._run("embed_tokens", {"input_ids": np.array([ids], np.int64)})["inputs_embeds"][0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise ManifestError(f"{path} is not JSON: {exc}. Export the checkpoint again.") from exc
+    return content if isinstance(content, dict) else {}
+
+
+def _preprocessor_config(folder: Path) -> dict[str, Any]:
+    """`preprocessor_config.json`, or what newer checkpoints keep inside `processor_config.json`."""
+    return _read_json(folder / "preprocessor_config.json") or _read_json(folder / "processor_config.json").get("image_processor", {})
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: what `generate` in transformers stops at."""
+    config = _read_json(folder / "config.json")
+    for source in (_read_json(folder / "generation_config.json"), config, config.get("text_config", {})):
+        stop = source.get("eos_token_id")
+        if stop is not None:
+            return frozenset(stop if isinstance(stop, list) else [stop])
+    name = tokenizer.names.get("eos_token")
+    found = tokenizer.backend.token_to_id(name) if name else None
+    return frozenset([] if found is None else [found])
