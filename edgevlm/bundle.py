@@ -151,13 +151,15 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
             with contextlib.suppress(ManifestError):
                 return _decode(option, data, where)
         raise ManifestError(f"{where} is {data!r}; expected {' or '.join(getattr(a, '__name__', str(a)) for a in arguments)}.")
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
             raise ManifestError(f"{where} is {type(data).__name__}; expected an object.")
         hints = typing.get_type_hints(kind)
         known = {f.name: f for f in dataclasses.fields(kind)}
         unknown = sorted(set(data) - set(known))
-        optional = {n for n, f in known.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING}
+        optional = {
+            n for n, f in known.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
         missing = sorted(set(known) - optional - set(data))
         if unknown or missing:
             said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
@@ -249,7 +251,9 @@ class Bundle:
                     f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
                 )
             if hashes and _sha256(path) != record.sha256:
-                raise IntegrityError(f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again.")
+                raise IntegrityError(
+                    f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again."
+                )
 
 
 # --------------------------------------------------------------------------------------------- writing

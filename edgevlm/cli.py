@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("run", _run, "Ask a bundle about pictures.")
     sub.add_argument("bundle", type=Path)
-    sub.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="a picture; may be given several times")
+    sub.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="PATH", help="a picture; may be given several times"
+    )
     sub.add_argument("--prompt", required=True, help="the question")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     sub.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; greedy without")
@@ -167,7 +169,9 @@ def _run(arguments: argparse.Namespace) -> int:
     for part, choice in vlm.backends.items():
         used.setdefault(choice.backend, []).append(part)
     speed_text = f"{timings.tokens_per_second:.1f} tokens/s" if timings.decoded_tokens else "one token"
-    ended = {"length": ", cut at --max-new-tokens", "capacity": ", cut because the KV cache is full"}.get(reply.finish_reason, "")
+    ended = {"length": ", cut at --max-new-tokens", "capacity": ", cut because the KV cache is full"}.get(
+        reply.finish_reason, ""
+    )
     print(
         f"\nfirst token after {timings.first_token:.0f} ms (vision {timings.vision:.0f}, prefill {timings.prefill:.0f} for "
         f"{timings.prompt_tokens} tokens), {speed_text}, {len(reply.tokens)} tokens{ended}",
@@ -268,7 +272,13 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
     """A bar on stderr: what is being done, and over how many tensors it is through."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=_console(stderr=True), transient=True) as bars:
         task = bars.add_task("starting", total=None, detail="")
 
@@ -298,7 +308,9 @@ def _print_parts(bundle: Any, *, shapes: bool = False) -> None:
             row.append(escape(f"{_describe(part.inputs)} → {_describe(part.outputs)}"))
         table.add_row(*row)
     total = sum(part.size for part in manifest.parts.values())
-    table.add_row("[bold]all", str(sum(p.nodes for p in manifest.parts.values())), f"{total / 1e6:,.2f}", f"computes in {manifest.dtype}")
+    table.add_row(
+        "[bold]all", str(sum(p.nodes for p in manifest.parts.values())), f"{total / 1e6:,.2f}", f"computes in {manifest.dtype}"
+    )
     _console().print(table)
 
 
@@ -313,7 +325,9 @@ def print_report(report: Any) -> None:
     from rich.table import Table
 
     console = _console()
-    parts = Table(box=None, pad_edge=False, header_style="bold", title=f"{report.bundle} against {report.against}", title_justify="left")
+    parts = Table(
+        box=None, pad_edge=False, header_style="bold", title=f"{report.bundle} against {report.against}", title_justify="left"
+    )
     for column in ("part", "weights", "max abs diff", "largest value", "cosine", ""):
         parts.add_column(column, justify="left" if column in ("part", "weights", "") else "right")
     verdict = {True: "[green]ok[/]", False: "[red]MISSED[/]"}

@@ -38,10 +38,17 @@ def _machine() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     findings = [
         Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        Finding("python", sys.version.split()[0], sys.version_info >= (3, 10), "" if sys.version_info >= (3, 10) else "3.10 or newer is needed"),
+        Finding(
+            "python",
+            sys.version.split()[0],
+            sys.version_info >= (3, 10),
+            "" if sys.version_info >= (3, 10) else "3.10 or newer is needed",
+        ),
         Finding("processor", f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable"),
         Finding("memory", f"{memory.get('MemTotal', 0) / 1e9:.1f} GB, {memory.get('MemAvailable', 0) / 1e9:.1f} GB available"),
-        Finding("disk here", f"{free / 1e9:.1f} GB free", free > 2e9, "" if free > 2e9 else "bundles of 7B models take 4 to 28 GB"),
+        Finding(
+            "disk here", f"{free / 1e9:.1f} GB free", free > 2e9, "" if free > 2e9 else "bundles of 7B models take 4 to 28 GB"
+        ),
     ]
     gpu = _gpu()
     findings.append(Finding("gpu", gpu or "none found (nvidia-smi is absent or lists none)", True if gpu else None))
@@ -69,7 +76,9 @@ def _gpu() -> str:
         return model.read_text().strip("\0") if model.exists() else ""
     query = [tool, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        return "; ".join(subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")).strip("; ")
+        return "; ".join(
+            subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")
+        ).strip("; ")
     except (subprocess.SubprocessError, OSError):
         return ""
 
@@ -83,7 +92,11 @@ def _backends() -> list[Finding]:
             findings.append(Finding(f"backend {name}", "no runtime installed", False, str(exc)))
             continue
         # A GPU that is missing is no fault of a CPU box.
-        findings.append(Finding(f"backend {name}", "usable" if reason is None else f"not usable: {reason}", True if reason is None else None))
+        findings.append(
+            Finding(
+                f"backend {name}", "usable" if reason is None else f"not usable: {reason}", True if reason is None else None
+            )
+        )
     return findings
 
 
@@ -98,15 +111,27 @@ def _extras() -> list[Finding]:
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
         versions = ", ".join(f"{m} {_version(m)}" for m in modules if m not in missing)
         remedy = f"pip install 'edgevlm[{extra}]'" if missing else ""
-        findings.append(Finding(f"extra {extra}", f"{versions}{'; missing: ' + ', '.join(missing) if missing else ''}", not missing, remedy))
+        findings.append(
+            Finding(f"extra {extra}", f"{versions}{'; missing: ' + ', '.join(missing) if missing else ''}", not missing, remedy)
+        )
     both = [d for d in ("onnxruntime", "onnxruntime-gpu") if _version(d) != "?"]
     if len(both) == 2:
         findings.append(
-            Finding("onnxruntime", "both onnxruntime and onnxruntime-gpu are installed", False, "they overwrite each other: uninstall both, install one")
+            Finding(
+                "onnxruntime",
+                "both onnxruntime and onnxruntime-gpu are installed",
+                False,
+                "they overwrite each other: uninstall both, install one",
+            )
         )
     if importlib.util.find_spec("torchvision") is not None and "+cpu" in _version("torch"):
         findings.append(
-            Finding("torchvision", "installed beside a CPU build of torch", False, "the two may not match and break transformers; uninstall torchvision")
+            Finding(
+                "torchvision",
+                "installed beside a CPU build of torch",
+                False,
+                "the two may not match and break transformers; uninstall torchvision",
+            )
         )
     return findings
 

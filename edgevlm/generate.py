@@ -28,7 +28,9 @@ class Decoder:
     def __init__(self, session: PartSession, kv: KVCache, capacity: int, batch: int = 1) -> None:
         self.capacity, self._session = capacity, session
         pairs = {
-            f"past_key_values.{layer}.{which}": f"present.{layer}.{which}" for layer in range(kv.layers) for which in ("key", "value")
+            f"past_key_values.{layer}.{which}": f"present.{layer}.{which}"
+            for layer in range(kv.layers)
+            for which in ("key", "value")
         }
         self._state: State = session.new_state(pairs, batch, min(STEP, capacity))
 
@@ -48,7 +50,9 @@ class Decoder:
 
     def _reserve(self, positions: int) -> None:
         if positions > self.capacity:
-            raise CapacityError(f"The sequence needs {positions} positions; the KV cache was loaded with a capacity of {self.capacity}.")
+            raise CapacityError(
+                f"The sequence needs {positions} positions; the KV cache was loaded with a capacity of {self.capacity}."
+            )
         if positions > self._state.capacity:
             self._state.grow(min(self.capacity, -(-positions // STEP) * STEP))
 

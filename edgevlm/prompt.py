@@ -449,9 +449,7 @@ class PromptBuilder:
         disguise = dict(zip(map(ord, alphabet), spare, strict=False))
         if len(disguise) < len(alphabet):
             raise PromptError("the messages use every private character of Unicode's plane 15; leave those out")
-        masked = template.render(
-            messages, add_generation_prompt=generation, image_token=self.image_token, disguise=disguise
-        )
+        masked = template.render(messages, add_generation_prompt=generation, image_token=self.image_token, disguise=disguise)
         wanted = [self._control[token] for token in self._pattern.findall(masked)]
         add = not self._has_bos(masked)
         if self._steering(self.tokenizer.encode(text, add_special_tokens=False)) == wanted:

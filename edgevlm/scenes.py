@@ -46,7 +46,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 #: Seeds by purpose. `validation` may be used to choose something, `test` never.
 SPLITS = {
-    "train": range(0, 10_000_000),
+    "train": range(10_000_000),
     "validation": range(10_000_000, 11_000_000),
     "test": range(11_000_000, 12_000_000),
 }

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["StoredTensor", "WeightEntry", "column_blocks", "read_safetensors_index"]
+__all__ = ["StoredTensor", "WeightEntry", "column_blocks", "read_safetensors_index", "row_blocks"]
 
 #: Bytes of float32 that one block of a weight may take while it is cast, transposed or quantized.
 BLOCK_BYTES = 32 << 20
@@ -86,6 +86,10 @@ class StoredTensor(ir.TensorProtocol):
     def nbytes(self) -> int:
         return int(self.size * self.dtype.itemsize)
 
+    @property
+    def raw(self) -> WeightEntry:
+        return self.entry
+
     def stored(self) -> np.ndarray:
         """The memory-mapped tensor in its own dtype, transposed as a view."""
         array = self.entry.map()
@@ -113,15 +117,29 @@ class StoredTensor(ir.TensorProtocol):
         if array.ndim < 2:
             file.write(self.tobytes())
             return
-        rows = max(1, BLOCK_BYTES // (4 * max(1, array[0].size)))
-        for first in range(0, len(array), rows):
-            file.write(np.ascontiguousarray(array[first : first + rows], self.dtype.numpy()).data)
+        for part in _parts(len(array), array.size // max(1, len(array))):
+            file.write(np.ascontiguousarray(array[part], self.dtype.numpy()).data)
 
 
 def column_blocks(tensor: ir.TensorProtocol) -> Iterator[tuple[slice, np.ndarray]]:
     """The columns of a matrix `[K, N]`, in blocks, as float32 `[K, n]`."""
-    array = tensor.stored() if isinstance(tensor, StoredTensor) else tensor.numpy()
-    columns = max(1, BLOCK_BYTES // (4 * max(1, array.shape[0])))
-    for first in range(0, array.shape[1], columns):
-        part = slice(first, min(first + columns, array.shape[1]))
+    array = _stored(tensor)
+    for part in _parts(array.shape[1], array.shape[0]):
         yield part, array[:, part].astype(np.float32)
+
+
+def row_blocks(tensor: ir.TensorProtocol) -> Iterator[tuple[slice, np.ndarray]]:
+    """The rows of a matrix `[R, C]`, in blocks, as float32 `[r, C]`."""
+    array = _stored(tensor)
+    for part in _parts(array.shape[0], array.shape[1]):
+        yield part, array[part].astype(np.float32)
+
+
+def _stored(tensor: ir.TensorProtocol) -> np.ndarray:
+    return tensor.stored() if isinstance(tensor, StoredTensor) else tensor.numpy()
+
+
+def _parts(lines: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (4 * max(1, width)))
+    for first in range(0, lines, step):
+        yield slice(first, min(first + step, lines))

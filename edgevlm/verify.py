@@ -123,7 +123,9 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     checkpoint = open_checkpoint(against)
     name, family = family_for_config(checkpoint.config)
     if name != bundle.manifest.family:
-        raise CheckpointError(f"The bundle is of the family {bundle.manifest.family}, {against} of {name}; they cannot be compared.")
+        raise CheckpointError(
+            f"The bundle is of the family {bundle.manifest.family}, {against} of {name}; they cannot be compared."
+        )
     family_by_name(name)
 
     import torch
@@ -133,7 +135,9 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     stage("loading the PyTorch model")
     reference = Reference(checkpoint.folder)
     if reference.vocabulary != bundle.manifest.vocab_size or reference.hidden_size != bundle.manifest.hidden_size:
-        raise CheckpointError(f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from.")
+        raise CheckpointError(
+            f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from."
+        )
     vlm = VLM.load(folder, backend="cpu", check_files=False)
     kinds = {part: _kind(record.weights) for part, record in bundle.manifest.parts.items()}
     worst = max(kinds.values(), key=list(LIMITS).index)

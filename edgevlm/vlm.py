@@ -226,14 +226,16 @@ class VLM:
         built = self._builder.build(request)
         if len(built.ids) + 1 > self.capacity:
             raise CapacityError(
-                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs at least one; the "
-                f"model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
+                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs at least one; "
+                f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
                 f"(this model: up to {self.bundle.manifest.context_length})."
             )
         timings = Timings(prompt_tokens=len(built.ids), first_token=-1e3 * began)
         result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed"}
         digests = [image_digest(picture) for picture in pictures]
-        arrays = [None if digest in self._features.kept else self._processor(p) for p, digest in zip(pictures, digests, strict=True)]
+        arrays = [
+            None if digest in self._features.kept else self._processor(p) for p, digest in zip(pictures, digests, strict=True)
+        ]
 
         def pieces() -> Generator[Piece, None, None]:
             with self._turn():
@@ -248,7 +250,9 @@ class VLM:
     def _turn(self) -> Iterator[None]:
         """One answer at a time: other threads wait, the thread that is in the middle of one would wait for itself."""
         if self._serving == threading.get_ident():
-            raise InputError("An answer of this model is still being streamed in this thread. Read it to its end, or close() it, first.")
+            raise InputError(
+                "An answer of this model is still being streamed in this thread. Read it to its end, or close() it, first."
+            )
         with self._lock:
             self._serving = threading.get_ident()
             try:
@@ -335,7 +339,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _preprocessor_config(folder: Path) -> dict[str, Any]:
     """`preprocessor_config.json`, or what newer checkpoints keep inside `processor_config.json`."""
-    return _read_json(folder / "preprocessor_config.json") or _read_json(folder / "processor_config.json").get("image_processor", {})
+    return _read_json(folder / "preprocessor_config.json") or _read_json(folder / "processor_config.json").get(
+        "image_processor", {}
+    )
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -258,7 +258,13 @@ class Dialogue:
         return list(tokenizer("</s>" + text, add_special_tokens=False).input_ids)[1:]
 
     def rows(
-        self, scenes: list[Scene], rng: random.Random, questions: int, written: bool, chained: bool, fixed: list[list[Any]] | None = None
+        self,
+        scenes: list[Scene],
+        rng: random.Random,
+        questions: int,
+        written: bool,
+        chained: bool,
+        fixed: list[list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[str]]]:
         """ids, positions, segments, labels `[B, S]`, and the kind of each question."""
         ids, positions, segments, labels, kinds = [], [], [], [], []
@@ -267,7 +273,13 @@ class Dialogue:
                 prefix = [*self.encode(f"<s>USER: {write_scene(scene, rng)}"), *self.encode("\n")]
             else:
                 prefix = [*self.open, *[self.image] * (GRID * GRID), *self.encode("\n")]
-            row, place, segment, label, asked = list(prefix), list(range(len(prefix))), [0] * len(prefix), [-100] * len(prefix), []
+            row, place, segment, label, asked = (
+                list(prefix),
+                list(range(len(prefix))),
+                [0] * len(prefix),
+                [-100] * len(prefix),
+                [],
+            )
             todo = list(fixed[number]) if fixed else []
             while len(asked) < (len(fixed[number]) if fixed else questions):
                 kind = KINDS[-1] if not asked else rng.choice(KINDS[:-1])
@@ -456,7 +468,9 @@ class Trainer:
             for step in range(first, steps):
                 share = step / steps
                 for group in optimizer.param_groups:
-                    group["lr"] = group["base"] * min(1, (share + 1 / steps) / 0.04) * (0.485 * (1 + math.cos(math.pi * share)) + 0.03)
+                    group["lr"] = (
+                        group["base"] * min(1, (share + 1 / steps) / 0.04) * (0.485 * (1 + math.cos(math.pi * share)) + 0.03)
+                    )
                 loss = self.loss(stage, step)
                 optimizer.zero_grad()
                 loss.backward()
@@ -468,7 +482,10 @@ class Trainer:
                     continue
                 if (step + 1) % 50 == 0 or step + 1 == steps:
                     pace = (time.monotonic() - began) / (step + 1 - first)
-                    self.say(f"{stage.name} {step + 1}/{steps} loss {average:.4f} {pace:.2f} s/step, {pace * (steps - step - 1) / 60:.0f} min left")
+                    left = pace * (steps - step - 1) / 60
+                    self.say(
+                        f"{stage.name} {step + 1}/{steps} loss {average:.4f} {pace:.2f} s/step, {left:.0f} min left"
+                    )
                 if stage.name != "vision" and stage.name != "language" and ((step + 1) % 500 == 0 or step + 1 == steps):
                     self.say(f"validation {json.dumps(self.score())}")
                 if (step + 1) % 250 == 0 or step + 1 == steps:

@@ -64,7 +64,7 @@ def build_fake(build: Callable[[], nn.Module], dtype: str) -> FakeModel:
         model = build()
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
+        if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = ATTENTION
     return FakeModel(model.eval(), mode)
 

@@ -79,9 +79,10 @@ def family_by_name(name: str) -> Family:
     modules = _modules()
     if name not in modules:
         raise UnsupportedModelError(
-            f"The bundle's family is {name!r}; this EdgeVLM knows {', '.join(sorted(modules))}. Use a newer EdgeVLM, or export again."
+            f"The bundle's family is {name!r}; this EdgeVLM knows {', '.join(sorted(modules))}. Use a newer EdgeVLM, or export "
+            "the checkpoint again."
         )
-    return modules[name]  # type: ignore[no-any-return]
+    return modules[name]
 
 
 def family_for_config(config: Mapping[str, Any]) -> tuple[str, Family]:

@@ -25,7 +25,7 @@ __all__ = ["ATTENTION", "CachedDecoder"]
 ATTENTION = "edgevlm"
 
 
-class _NewRows(Cache):
+class _NewRows(Cache):  # type: ignore[misc]  # transformers is not typed
     """Stands where transformers expects its cache; hands new keys and values through, the attention below stores them."""
 
     def __init__(self) -> None:
@@ -101,10 +101,16 @@ class CachedDecoder(nn.Module):
         super().__init__()
         self.language_model, self.lm_head = language_model, lm_head
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, last_token_index: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, last_token_index: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         cache = _StaticCache(past, position_ids)
         hidden = self.language_model(
-            inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=_NewRows(), use_cache=True, edgevlm_cache=cache
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=_NewRows(),
+            use_cache=True,
+            edgevlm_cache=cache,
         ).last_hidden_state
         row = last_token_index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         return (self.lm_head(torch.gather(hidden, 1, row)), *cache.present)

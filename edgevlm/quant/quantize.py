@@ -97,14 +97,15 @@ def _is_weight(value: ir.Value) -> bool:
 def _dequantized(graph: ir.Graph, node: ir.Node, weight: ir.Value, rule: Rule) -> ir.Value:
     quantized, scales = (f"{weight.name}.{rule.method}", f"{weight.name}.scales")
     if quantized in graph.initializers:  # two readers of one weight
-        return graph.initializers[quantized].uses()[0].node.outputs[0]
+        return next(iter(graph.initializers[quantized].uses())).node.outputs[0]
     tensor = weight.const_value
     assert tensor is not None
     inner, outer = (int(d) for d in tensor.shape)  # type: ignore[arg-type]
     scale_dtype = tensor.dtype.numpy()
     if rule.method == "int4":
         lazy = _Quantized(lambda: rtn.quantize_int4(tensor, rule.block_size, scale_dtype))
-        shape, dtype = (-(-inner // rule.block_size), outer), ir.DataType.INT4
+        shape: tuple[int, ...] = (-(-inner // rule.block_size), outer)
+        dtype = ir.DataType.INT4
         attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", rule.block_size)]
     else:
         lazy = _Quantized(lambda: rtn.quantize_int8(tensor, scale_dtype))
@@ -135,7 +136,7 @@ def _quantize_gather(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
     cast = ir.Node("", "Cast", [picked.outputs[0]], [ir.AttrInt64("to", int(tensor.dtype))], name=f"{node.name}_cast")
     scale = ir.Node("", "Gather", [scales, ids], name=f"{node.name}_scales")
     product = ir.Node("", "Mul", [cast.outputs[0], scale.outputs[0]], name=f"{node.name}_dequantize")
-    product.outputs[0].shape, product.outputs[0].dtype = old.shape, old.dtype
+    product.outputs[0].shape, product.outputs[0].type = old.shape, old.type
     for step in (picked, cast, scale):
         step.outputs[0].name = step.name
     graph.insert_before(node, [picked, cast, scale, product])

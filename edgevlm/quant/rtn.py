@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ..tensors import column_blocks
+from ..tensors import column_blocks, row_blocks
 
 __all__ = ["quantize_int4", "quantize_int8", "quantize_int8_rows"]
 
@@ -26,15 +26,20 @@ def _scales(peak: np.ndarray, top: float, scale_dtype: np.dtype[np.generic]) -> 
     Dividing by the stored scale, not by the exact one, keeps the rounding error of a float16 scale out of the weights.
     """
     scale = (peak / top).astype(scale_dtype)
-    # A subnormal scale would overflow its inverse; such weights are noise.
-    usable = np.abs(scale.astype(np.float32)) > np.finfo(scale_dtype).tiny  # type: ignore[arg-type]
+    # The inverse of a scale that is subnormal in float32 would overflow.
+    usable = np.abs(scale.astype(np.float32)) >= np.finfo(np.float32).tiny
     scale = np.where(usable, scale, np.ones_like(scale))
     return scale, np.where(usable, np.float32(1) / scale.astype(np.float32), np.float32(0))
 
 
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, int]:
+    rows, columns = (int(d) for d in tensor.shape)  # type: ignore[arg-type]
+    return rows, columns
+
+
 def quantize_int8(weight: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
     """`[K, N]` → int8 `[K, N]`, scales `[N]`."""
-    inner, outer = weight.shape
+    inner, outer = _dims(weight)
     quantized = np.empty((inner, outer), np.int8)
     scales = np.empty(outer, scale_dtype)
     for part, block in column_blocks(weight):
@@ -45,12 +50,12 @@ def quantize_int8(weight: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) 
 
 def quantize_int8_rows(table: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
     """An embedding table `[V, H]` → int8 `[V, H]`, scales `[V, 1]`."""
-    rows, width = table.shape
+    rows, width = _dims(table)
     quantized = np.empty((rows, width), np.int8)
     scales = np.empty((rows, 1), scale_dtype)
-    for part, block in column_blocks(_Transposed(table)):
-        scales[part, 0], inverse = _scales(np.abs(block).max(0), 127, scale_dtype)
-        quantized[part] = np.rint(block * inverse).clip(-127, 127).T
+    for part, block in row_blocks(table):
+        scales[part, 0], inverse = _scales(np.abs(block).max(1), 127, scale_dtype)
+        quantized[part] = np.rint(block * inverse[:, None]).clip(-127, 127)
     return quantized, scales
 
 
@@ -61,7 +66,7 @@ def quantize_int4(
 
     A last block that `K` does not fill is shorter, as DequantizeLinear has it.
     """
-    inner, outer = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    inner, outer = _dims(weight)
     blocks = -(-inner // block_size)
     quantized = np.empty((inner, outer), np.int8)
     scales = np.empty((blocks, outer), scale_dtype)
@@ -87,14 +92,3 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The reverse of `pack_int4`, as ml_dtypes int4."""
     flat = np.stack([packed & 0xF, packed >> 4], -1).reshape(-1)[: int(np.prod(shape))]
     return ((flat ^ 8).astype(np.int8) - 8).astype(ml_dtypes.int4).reshape(shape)
-
-
-class _Transposed:
-    """A matrix seen from the other side, for reading it in blocks of rows."""
-
-    def __init__(self, tensor: ir.TensorProtocol) -> None:
-        self._tensor = tensor
-
-    def numpy(self) -> np.ndarray:
-        stored = getattr(self._tensor, "stored", None)
-        return (stored() if stored else self._tensor.numpy()).T

@@ -37,7 +37,7 @@ def run(model: ir.Model) -> None:
 
 
 def _describe(value: ir.Value, like: ir.Value) -> None:
-    value.shape, value.dtype = like.shape, like.dtype
+    value.shape, value.type = like.shape, like.type
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:

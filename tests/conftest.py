@@ -1,0 +1,91 @@
+"""Tiny checkpoints and their bundles, made once and shared by all tests (and by the workers of pytest-xdist)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import LLAVAS, TinyLlava, make_llava
+
+# Before anything imports them: no network, no progress bars, no advice.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+
+@dataclass(frozen=True)
+class Llava:
+    """One tiny LLaVA under `folder`; what is asked for is made on first use."""
+
+    tiny: TinyLlava
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        path = self.folder / self.tiny.name
+        with self._alone():
+            if not path.exists():
+                staged = self.folder / "unfinished"
+                shutil.rmtree(staged, ignore_errors=True)
+                _quiet_transformers()
+                make_llava(staged, self.tiny).rename(path)
+        return path
+
+    @property
+    def bundle(self) -> Path:
+        """The fp32 export."""
+        return self.export()
+
+    def export(self, dtype: str = "fp32", recipe: Any = None) -> Path:
+        """An export of the checkpoint; tests read it only."""
+        from edgevlm.export.export import export_bundle
+
+        name = recipe if isinstance(recipe, str) else getattr(recipe, "name", "float")
+        checkpoint, path = self.checkpoint, self.folder / f"bundle-{dtype}-{name}"
+        with self._alone():
+            if not path.exists():
+                export_bundle(str(checkpoint), path, dtype=dtype, recipe=recipe)
+        return path
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Llava]:
+    """The tiny LLaVA of a name in `tiny.LLAVAS`."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    known = {tiny.name: Llava(tiny, shared / "llavas" / tiny.name) for tiny in LLAVAS}
+    return known.__getitem__
+
+
+@pytest.fixture(scope="session")
+def checkpoint(llava: Callable[[str], Llava]) -> Path:
+    """The checkpoint of the first configuration; copy it to change it."""
+    return llava(LLAVAS[0].name).checkpoint
+
+
+@pytest.fixture(scope="session")
+def bundle(llava: Callable[[str], Llava]) -> Path:
+    """The fp32 export of `checkpoint`; copy it to change it."""
+    return llava(LLAVAS[0].name).bundle
