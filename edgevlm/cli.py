@@ -20,12 +20,12 @@ from typing import Any
 from . import __version__
 from .errors import EdgeVLMError, MissingDependencyError
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
     except EdgeVLMError as exc:
@@ -49,7 +49,8 @@ def _fail(arguments: argparse.Namespace, code: int, text: str) -> int:
 # ------------------------------------------------------------------------------------------- arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="edgevlm", description="Vision-language models from Hugging Face checkpoints to robots.", allow_abbrev=False
     )

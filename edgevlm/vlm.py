@@ -226,7 +226,7 @@ class VLM:
         built = self._builder.build(request)
         if len(built.ids) + 1 > self.capacity:
             raise CapacityError(
-                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs at least one; "
+                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
                 f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
                 f"(this model: up to {self.bundle.manifest.context_length})."
             )
