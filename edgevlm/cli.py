@@ -148,11 +148,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from .generate import Sampling
+    from .images import load_image
     from .vlm import VLM
 
+    # A large model takes a while to load; what is wrong with the request is said before.
+    Sampling(arguments.temperature, arguments.top_p, None, arguments.seed, arguments.max_new_tokens)
+    pictures = [load_image(path) for path in arguments.image]
     vlm = VLM.load(arguments.bundle, capacity=arguments.capacity, backend=arguments.backend, threads=arguments.threads)
     stream = vlm.stream(
-        arguments.prompt, images=arguments.image, max_new_tokens=arguments.max_new_tokens,
+        arguments.prompt, images=pictures, max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
     )  # fmt: skip
     if not arguments.json:
@@ -323,6 +328,7 @@ def _describe(tensors: dict[str, Any]) -> str:
 
 def print_report(report: Any) -> None:
     """The tables of `verify`."""
+    from rich.markup import escape
     from rich.table import Table
 
     console = _console()
@@ -345,6 +351,8 @@ def print_report(report: Any) -> None:
             f"{case.same_tokens} of {case.tokens}", verdict[case.passed],
         )  # fmt: skip
     console.print(parts, "", cases, "")
+    for note in report.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
     if report.failures:
         console.print(f"[red]missed:[/] {', '.join(report.failures)}")
     elif report.kind in ("int8", "int4"):

@@ -95,14 +95,17 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily unless there is a temperature. Limits as in transformers' `generate`."""
+    """How an answer is decoded: greedily unless there is a temperature. Limits as in transformers' `generate`."""
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}; it is a whole number of 1 or more.")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; it is 0 (greedy) or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -21,10 +21,14 @@ class Reference:
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.no_processor = ""
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as exc:
+            self.processor, self.no_processor = None, f"{type(exc).__name__}: {exc}"
         text = self.model.config.get_text_config()
         self.vocabulary, self.hidden_size = text.vocab_size, text.hidden_size
-        std = getattr(self.processor.image_processor, "image_std", None) or [1.0]
+        std = getattr(getattr(self.processor, "image_processor", None), "image_std", None) or [1.0]
         # One step of eight bits, in the units of the normalised picture.
         self.pixel_tolerance = 1 / 255 / float(np.min(std)) + 1e-6
 

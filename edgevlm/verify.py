@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .export.checkpoint import open_checkpoint
 from .generate import Decoder
 from .models import family_by_name, family_for_config
-from .prompt import normalize_request
+from .prompt import Prompt, normalize_request
 from .scenes import render_scene, sample_scene
 from .vlm import VLM
 
@@ -81,13 +81,14 @@ class SequenceCheck:
 
 @dataclass
 class Report:
-    """All checks of a bundle. `preprocessing` says what differed there, and is empty where nothing did."""
+    """All checks of a bundle. `preprocessing` says what differed there, `notes` what could not be compared."""
 
     bundle: str
     against: str
     kind: str
     limits: dict[str, Any]
     preprocessing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     parts: list[PartCheck] = field(default_factory=list)
     sequences: list[SequenceCheck] = field(default_factory=list)
 
@@ -143,6 +144,8 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     worst = max(kinds.values(), key=list(LIMITS).index)
     report = Report(str(folder), against, worst, {kind: asdict(LIMITS[kind]) for kind in dict.fromkeys(kinds.values())})
 
+    if reference.no_processor:
+        report.notes.append(f"preprocessing was not compared, transformers cannot load the processor: {reference.no_processor}")
     with torch.no_grad():
         prompts: list[_Prompt] = []
         for case, pictures, question in _cases():
@@ -180,17 +183,20 @@ def _prepare(vlm: VLM, reference: Any, case: str, pictures: list[Any], question:
     request = normalize_request(question, pictures)
     built = vlm._builder.build(request)
     ours = np.stack([vlm._processor(p) for p in pictures]) if pictures else np.empty((0, 3, 1, 1), np.float32)
+    differences: list[str] = []
+    if reference.no_processor:
+        return _Prompt(case, built.ids, built.places, ours, _embeds(vlm, built, ours)), differences
     ids, theirs = reference.process(built.text, pictures)
-    differences = []
     if ids != built.ids:
         differences.append(f"token ids of {case!r}")
     if pictures and (theirs.shape != ours.shape or float(np.abs(theirs - ours).max()) > reference.pixel_tolerance):
         differences.append(f"pixel values of {case!r}")
-    features = [vlm._family.embed_image(vlm._run, picture) for picture in ours]
-    embeds = np.array(vlm._embed(built.ids))
-    for (start, length), feature in zip(built.places, features, strict=True):
-        embeds[start : start + length] = feature
-    return _Prompt(case, built.ids, built.places, theirs, embeds), differences
+    return _Prompt(case, built.ids, built.places, theirs, _embeds(vlm, built, ours)), differences
+
+
+def _embeds(vlm: VLM, prompt: Prompt, pixel_values: np.ndarray) -> np.ndarray:
+    features = [vlm._family.embed_image(vlm._run, picture) for picture in pixel_values]
+    return vlm._rows(prompt, features, 0, len(prompt.ids))
 
 
 def _compare(part: str, kind: str, ours: np.ndarray, theirs: np.ndarray, *, logits: bool = False) -> PartCheck:

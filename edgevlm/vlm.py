@@ -27,7 +27,7 @@ from .errors import CapacityError, InputError, ManifestError
 from .generate import Decoder, PrefixCache, Sampling, choose_token
 from .images import ImageProcessor, image_digest, load_image
 from .models import family_by_name
-from .prompt import ChatTemplate, PromptBuilder, TextStream, Tokenizer, normalize_request
+from .prompt import ChatTemplate, Prompt, PromptBuilder, TextStream, Tokenizer, normalize_request
 from .runtimes import Choice, PartSession, open_part
 
 __all__ = ["VLM", "Piece", "Reply", "Stream", "Timings"]
@@ -167,9 +167,9 @@ class VLM:
         manifest = opened.manifest
         if capacity is None:
             capacity = min(manifest.context_length, 4096)
-        if not 2 <= capacity <= manifest.context_length:
+        if not isinstance(capacity, int) or not 2 <= capacity <= manifest.context_length:
             raise InputError(
-                f"The capacity asked for is {capacity}; it is 2 to {manifest.context_length}, the context length of this model."
+                f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
             )
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
@@ -217,10 +217,8 @@ class VLM:
         seed: int | None = None,
     ) -> Stream:
         """As `generate`, piece by piece. The request is checked here; the work begins with the first piece."""
-        began = time.perf_counter()
-        sampling = Sampling(temperature, top_p, top_k, seed)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}; it is a whole number of 1 or more.")
+        called = time.perf_counter()
+        sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
         request = normalize_request(prompt, images, messages)
         pictures = [load_image(source) for source in request.images]  # type: ignore[arg-type]
         built = self._builder.build(request)
@@ -230,17 +228,17 @@ class VLM:
                 f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
                 f"(this model: up to {self.bundle.manifest.context_length})."
             )
-        timings = Timings(prompt_tokens=len(built.ids), first_token=-1e3 * began)
+        timings = Timings(prompt_tokens=len(built.ids))
         result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed"}
         digests = [image_digest(picture) for picture in pictures]
-        arrays = [
-            None if digest in self._features.kept else self._processor(p) for p, digest in zip(pictures, digests, strict=True)
-        ]
+        # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
+        known = [self._features.kept.get(digest) for digest in digests]
+        arrays = [self._processor(p) if features is None else None for p, features in zip(pictures, known, strict=True)]
 
         def pieces() -> Generator[Piece, None, None]:
             with self._turn():
-                features = [self._see(d, array, timings) for d, array in zip(digests, arrays, strict=True)]
-                yield from self._decode(built.ids, built.places, digests, features, max_new_tokens, sampling, timings, result)
+                features = [self._see(*picture, timings) for picture in zip(digests, known, arrays, strict=True)]
+                yield from self._decode(built, digests, features, sampling, timings, result, called)
 
         return Stream(pieces(), result, timings)
 
@@ -263,9 +261,12 @@ class VLM:
     def _run(self, part: str, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return self._sessions[part].run(feeds)
 
-    def _see(self, digest: str, pixel_values: np.ndarray | None, timings: Timings) -> np.ndarray:
+    def _see(self, digest: str, known: np.ndarray | None, pixel_values: np.ndarray | None, timings: Timings) -> np.ndarray:
         features = self._features.get(digest)
+        if features is None:
+            features = known
         if features is not None:
+            self._features.put(digest, features)
             timings.reused_images += 1
             return features
         assert pixel_values is not None
@@ -275,29 +276,37 @@ class VLM:
         timings.vision += 1e3 * (time.perf_counter() - began)
         return features
 
+    def _embed(self, ids: Sequence[int]) -> np.ndarray:
+        return self._run("embed_tokens", {"input_ids": np.array([ids], np.int64)})["inputs_embeds"][0]
+
+    def _rows(self, prompt: Prompt, features: Sequence[np.ndarray], first: int, end: int) -> np.ndarray:
+        """Embeddings `[end - first, hidden]` of a part of the prompt, pictures in their places."""
+        ids = prompt.ids[first:end]
+        spans = []
+        for (start, length), feature in zip(prompt.places, features, strict=True):
+            a, b = max(first, start), min(end, start + length)
+            if a < b:
+                spans.append((slice(a - first, b - first), feature[a - start : b - start]))
+                ids[a - first : b - first] = [0] * (b - a)  # the image token may lie outside of the embedding table
+        rows = np.array(self._embed(ids))
+        for span, feature in spans:
+            rows[span] = feature
+        return rows
+
     def _decode(
-        self, ids: list[int], places: Sequence[tuple[int, int]], digests: list[str], features: list[np.ndarray],
-        max_new_tokens: int, sampling: Sampling, timings: Timings, result: dict[str, Any],
+        self, prompt: Prompt, digests: list[str], features: list[np.ndarray], sampling: Sampling, timings: Timings,
+        result: dict[str, Any], called: float,
     ) -> Iterator[Piece]:  # fmt: skip
-        keys: list[Hashable] = list(ids)
-        for (start, length), digest in zip(places, digests, strict=True):
+        keys: list[Hashable] = list(prompt.ids)
+        for (start, length), digest in zip(prompt.places, digests, strict=True):
             keys[start : start + length] = [(digest, i) for i in range(length)]
 
-        def embed(first: int, end: int) -> np.ndarray:
-            rows = np.array(self._embed(ids[first:end]))
-            for (start, length), feature in zip(places, features, strict=True):
-                a, b = max(first, start), min(end, start + length)
-                if a < b:
-                    rows[a - first : b - first] = feature[a - start : b - start]
-            return rows
-
         began = time.perf_counter()
-        logits, timings.reused_tokens = self._cache.prefill(keys, embed)
+        logits, timings.reused_tokens = self._cache.prefill(keys, lambda first, end: self._rows(prompt, features, first, end))
         rng, text = sampling.generator(), TextStream(self._builder.tokenizer)
         token = choose_token(logits, sampling, rng)
         first_at = time.perf_counter()
-        timings.prefill = 1e3 * (first_at - began)
-        timings.first_token += 1e3 * first_at
+        timings.prefill, timings.first_token = 1e3 * (first_at - began), 1e3 * (first_at - called)
         tokens: list[int] = result["tokens"]
         while True:
             if token in self._stop:
@@ -307,10 +316,10 @@ class VLM:
             piece = text.push(token)
             result["text"] += piece
             yield Piece(piece, token)
-            if len(tokens) == max_new_tokens:
+            if len(tokens) == sampling.max_new_tokens:
                 result["finish_reason"] = "length"
                 break
-            if len(self._cache.keys) == self.capacity:
+            if len(ids) + len(tokens) == self.capacity:
                 result["finish_reason"] = "capacity"
                 break
             step = time.perf_counter()
@@ -322,9 +331,6 @@ class VLM:
         result["text"] += rest
         if rest:
             yield Piece(rest, None)
-
-    def _embed(self, ids: Sequence[int]) -> np.ndarray:
-        return self._run("embed_tokens", {"input_ids": np.array([ids], np.int64)})["inputs_embeds"][0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

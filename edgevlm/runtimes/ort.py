@@ -104,7 +104,7 @@ class _OnnxRuntime(Backend):
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # Threads that wait by spinning take the cores that the robot's own program needs.
+        # As many as this process may use; ONNX Runtime itself counts the machine's.
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # 4: activations are quantized to int8 block by block; several times faster than 0 at about 0.5 % error.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
