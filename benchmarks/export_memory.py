@@ -238,8 +238,8 @@ def write_companions(folder: Path, config: Any) -> None:
     side = config.vision_config.image_size
     images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     LlavaProcessor(
-        image_processor=images, tokenizer=wrapped, patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>", chat_template=CHAT_TEMPLATE,
+        image_processor=images, tokenizer=wrapped, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", image_token="<image>", chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD_TOKEN).save_pretrained(folder)
@@ -392,8 +392,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     add("write the checkpoint", checkpoint["seconds"], None, checkpoint["bytes"], f"{checkpoint['shards']} files")
     add("import torch and transformers", imports["seconds"], imports, None, "part of every export")
     verdict = "[green]within[/]" if result["within_limit"] else "[red]over[/]"
-    limit = f"{verdict} the limit of {result['limit_bytes'] / 1e9:.2f} GB"
-    add("export and quantize", export["seconds"], export, export["bundle_bytes"], f"{limit}; peak after {export['peak_at_seconds']:.0f} s")
+    remark = f"{verdict} the limit of {result['limit_bytes'] / 1e9:.2f} GB; peak after {export['peak_at_seconds']:.0f} s"
+    add("export and quantize", export["seconds"], export, export["bundle_bytes"], remark)
     speed = f"first token after {run['first_token_ms']:,.0f} ms, then {run['tokens_per_second']:.1f} tokens/s"
     add("load and answer", run["seconds"], run, None, f"loaded in {run['load_seconds']:.1f} s, hashes checked; {speed}")
     console.print(table)
@@ -403,10 +403,11 @@ def print_table(result: dict[str, Any], console: Console) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures the memory of an export at the size of LLaVA-1.5-7B.", allow_abbrev=False)
+    purpose = "Measures the memory of an export at the size of LLaVA-1.5-7B."
+    parser = argparse.ArgumentParser(description=purpose, allow_abbrev=False)
     add = parser.add_argument
     add("--work", type=Path, default=Path("build/export-memory"), help="where it writes (default: build/export-memory)")
-    add("--scale", choices=SCALES, default="7b", help="7b: real size; wide: 7b with two layers; tiny: to try it out (default: 7b)")
+    add("--scale", choices=SCALES, default="7b", help="7b: real size; wide: its widths, two layers; tiny (default: 7b)")
     add("--dtype", choices=DTYPES, default="fp16", help="dtype of the checkpoint (default: fp16)")
     add("--recipe", choices=RECIPES, default="int4", help="how the export quantizes; float: not at all (default: int4)")
     add("--tokens", type=int, default=16, metavar="N", help="length of the answer (default: 16)")
@@ -440,10 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MeasurementError("This needs Linux: memory is read from /proc.")
         with scratch(options.work / f"{options.scale}-{options.dtype}-{options.recipe}", options.keep) as folder:
             result = measure(options, folder, console)
-    except MeasurementError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except OSError as exc:
+    except (MeasurementError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

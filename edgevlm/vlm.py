@@ -319,7 +319,7 @@ class VLM:
             if len(tokens) == sampling.max_new_tokens:
                 result["finish_reason"] = "length"
                 break
-            if len(ids) + len(tokens) == self.capacity:
+            if len(prompt.ids) + len(tokens) == self.capacity:
                 result["finish_reason"] = "capacity"
                 break
             step = time.perf_counter()
