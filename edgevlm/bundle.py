@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -43,6 +44,8 @@ __all__ = [
 
 MANIFEST = "edgevlm.json"
 SCHEMA_VERSION = 1
+#: numpy's own errors of a short write have no number: https://github.com/numpy/numpy/issues/17589 and .../pull/28771
+_NUMPY_DISK_FULL = ("requested and", "Not enough free space")
 #: Folders that may change after publishing.
 _UNHASHED = ("reports", "engines")
 
@@ -125,7 +128,7 @@ class Manifest:
         """Raises ManifestError, naming the place that is wrong."""
         try:
             data = json.loads(text)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise ManifestError(f"{where} is not JSON: {exc}. The bundle is damaged; export it again.") from exc
         if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
             raise ManifestError(f"{where} has no 'schema_version'; it is not the manifest of a bundle.")
@@ -221,7 +224,12 @@ class Bundle:
         relative = PurePosixPath(name)
         inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
         path = self.folder / relative
-        if not inside or not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            path.exists()  # says what `resolve` passes over
+            inside = inside and path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, ValueError, RuntimeError) as exc:  # too long, a zero byte or lone surrogate in it, a loop of links
+            raise IntegrityError(f"The manifest names {name!r}, which no file can be called: {exc}.") from exc
+        if not inside:
             raise IntegrityError(f"The manifest names {name!r}, which lies outside the bundle {self.folder}. It is not opened.")
         return path
 
@@ -232,10 +240,13 @@ class Bundle:
     def report(self, name: str, content: dict[str, Any]) -> Path:
         """Writes `reports/NAME.json` and returns its path."""
         path = self.folder / "reports" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
         staged = path.with_suffix(".part")
-        staged.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staged.replace(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            staged.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            staged.replace(path)
+        except OSError as exc:
+            raise OutputError(f"The report {path} cannot be written: {exc.strerror}.") from exc
         return path
 
     def _check(self, hashes: bool) -> None:
@@ -250,7 +261,11 @@ class Bundle:
                 raise IntegrityError(
                     f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
                 )
-            if hashes and _sha256(path) != record.sha256:
+            try:
+                changed = hashes and _sha256(path) != record.sha256
+            except OSError as exc:
+                raise IntegrityError(f"{path} cannot be read: {exc.strerror}.") from exc
+            if changed:
                 raise IntegrityError(
                     f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again."
                 )
@@ -277,6 +292,8 @@ def publish_bundle(output: str | os.PathLike[str], *, force: bool = False) -> It
     or where the disk is full.
     """
     path = check_output(output, force=force)
+    if path.is_symlink():  # what it points to is replaced, not the link
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
@@ -289,12 +306,16 @@ def publish_bundle(output: str | os.PathLike[str], *, force: bool = False) -> It
         if path.exists():
             replaced = path.parent / f".{path.name}.{os.getpid()}.old"
             path.rename(replaced)
-            staging.rename(path)
+            try:
+                staging.rename(path)
+            except BaseException:
+                replaced.rename(path)
+                raise
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             staging.rename(path)
     except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT) or any(text in str(exc) for text in _NUMPY_DISK_FULL):
             free = shutil.disk_usage(path.parent).free
             raise OutputError(
                 f"The disk is full: writing {path} stopped with {free / 1e6:,.0f} MB free. Nothing was left behind; "
@@ -306,10 +327,13 @@ def publish_bundle(output: str | os.PathLike[str], *, force: bool = False) -> It
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what a killed process left: folders named after a process that is gone."""
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        pid = leftover.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+    """Removes what a killed process left: folders named after a process that is gone, or that had this one's number
+    (in a container every process may have the same)."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid, suffix = leftover.name.split(".")[-2:]
+        gone = pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists())
+        # What was being replaced is kept while nothing has taken its place.
+        if gone and (suffix == "part" or (suffix == "old" and path.exists())):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

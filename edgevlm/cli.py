@@ -275,7 +275,10 @@ def _console(stderr: bool = False) -> Any:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int], None]]]:
-    """A bar on stderr: what is being done, and over how many tensors it is through."""
+    """A bar on stderr: what is being done, and over how many tensors it is through. In a log, a line for each stage."""
+    if not sys.stderr.isatty():
+        yield lambda text: print(f"{text} …", file=sys.stderr, flush=True), lambda *_: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (

@@ -39,12 +39,13 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no object.")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
         raise UnsupportedModelError(
             f"{name} is already quantized ({method}). Export the checkpoint with float weights and quantize it with --quantize."
         )
@@ -105,7 +106,10 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            outside = [s for s in shards if Path(s).name != s]
+            if outside:
+                raise ValueError(f"{outside[0]!r} is no file of this folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise WeightsError(f"{index} is damaged: {type(exc).__name__}: {exc}. Fetch the checkpoint again.") from exc
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:

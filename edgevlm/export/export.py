@@ -57,9 +57,14 @@ def export_bundle(
     chosen = load_recipe(recipe) if recipe is not None else None
     check_output(output, force=force)
     checkpoint = open_checkpoint(model)
-    name, family = family_for_config(checkpoint.config)
+    try:
+        name, family = family_for_config(checkpoint.config)
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'} is damaged: {exc}.") from exc
     companions = [checkpoint.folder / n for n in _COMPANIONS if (checkpoint.folder / n).is_file()]
     _require_companions(checkpoint, {c.name for c in companions})
+
+    from huggingface_hub.errors import StrictDataclassError  # a value of another type in config.json
 
     from .passes import canonical_graph  # torch and transformers take seconds to import; bad input is refused before
     from .trace import build_fake, trace_part
@@ -67,10 +72,13 @@ def export_bundle(
     stage(f"building {name} without weights")
     try:
         fake = build_fake(lambda: family.build_model(checkpoint.folder), DTYPES[dtype])
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a {name} model: {exc}.") from exc
     weights = {family.weight_name(key): entry for key, entry in checkpoint.weights.items()}
-    manifest = family.describe(checkpoint.folder, fake.model.config, DTYPES[dtype])
+    try:
+        manifest = family.describe(checkpoint.folder, fake.model.config, DTYPES[dtype])
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise CheckpointError(f"{checkpoint.folder / 'tokenizer.json'} is damaged: {type(exc).__name__}: {exc}.") from exc
 
     with publish_bundle(output, force=force) as folder:
         (folder / "onnx").mkdir()
@@ -79,7 +87,7 @@ def export_bundle(
             stage(f"tracing {spec.name}")
             graph = trace_part(fake, spec)
             canonical_graph(graph)
-            bind_weights(graph, spec, family, weights)
+            bind_weights(graph, spec, family, weights, tied=fake.model.config.tie_word_embeddings)
             if chosen:
                 quantize_graph(graph, spec.name, chosen)
             file = f"onnx/{spec.name}.onnx"
@@ -92,8 +100,11 @@ def export_bundle(
     return Bundle.open(output, check_files=False)
 
 
-def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[str, WeightEntry]) -> None:
-    """Gives every initializer that stands for a parameter its name and its place in the checkpoint."""
+def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[str, WeightEntry], *, tied: bool) -> None:
+    """Gives every initializer that stands for a parameter its name and its place in the checkpoint.
+
+    Only `tied` embeddings may stand in for an output head that the checkpoint lacks.
+    """
     from .passes.lower_linear import TRANSPOSED
     from .trace import PARAMETER
 
@@ -104,7 +115,7 @@ def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[
         transposed = value.metadata_props.pop(TRANSPOSED, None) is not None
         if parameter is not None:
             name = family.weight_name(parameter)
-            entry = weights.get(name) or weights.get(_tied(name))
+            entry = weights.get(name) or (weights.get(_tied(name)) if tied else None)
             if entry is None:
                 raise WeightsError(
                     f"The checkpoint has no weight {name!r}, which its configuration asks for in the part {spec.name}. "
