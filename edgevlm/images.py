@@ -306,6 +306,8 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    if image.format == "EPS":  # a program, not a picture: Pillow has Ghostscript run it
+        raise ImageError(f"{name} is an EPS file, which only a PostScript interpreter can draw; save it as PNG or JPEG")
     if image.width * image.height > max_pixels:
         raise ImageError(
             f"{name}: {image.width} x {image.height} = {image.width * image.height} pixels, accepted are at most "

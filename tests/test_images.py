@@ -483,3 +483,10 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "drawing.eps"
+    Image.new("RGB", (20, 20), "red").save(path)
+    with pytest.raises(ImageError, match="EPS.*save it as PNG"):
+        load_image(path)
