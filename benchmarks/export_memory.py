@@ -6,8 +6,8 @@
 1. Writes a checkpoint of the real architecture at real size with random weights. Names and shapes are those of the
    transformers model, built without storage; values go to disk in pieces, so this takes no memory either.
 2. Exports and quantizes it with `python -m edgevlm export`, and samples the anonymous memory of that process (`RssAnon`
-   in /proc/PID/status) every 20 ms. Anonymous memory is what a machine must have: pages of the mapped checkpoint, which
-   the peak of resident memory (`VmHWM`) counts as well, are given back whenever they are needed elsewhere.
+   and `VmSwap` in /proc/PID/status) every 20 ms. Anonymous memory is what a machine must have: pages of the mapped
+   checkpoint, which the peak of resident memory (`VmHWM`) counts as well, are given back when they are needed elsewhere.
 3. Loads the bundle in a process of its own and asks it one question about a picture.
 
 Prints a table and writes `export_memory.json` into the work folder. Linux only. Exit codes: 0 within the limit; 1 the
@@ -173,7 +173,7 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str, 
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     position = 0
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("writing the checkpoint", total=total)
         for file_name, shard in zip(names, shards, strict=True):
             with (folder / file_name).open("wb", buffering=0) as file:
@@ -286,8 +286,8 @@ def _memory(pid: int) -> tuple[int, int]:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:  # it has just ended
         return 0, 0
-    found = dict(re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", status, re.MULTILINE))
-    return 1024 * int(found.get("RssAnon", 0)), 1024 * int(found.get("VmHWM", 0))
+    found = {name: 1024 * int(size) for name, size in re.findall(r"^(RssAnon|VmSwap|VmHWM):\s+(\d+) kB$", status, re.MULTILINE)}
+    return found.get("RssAnon", 0) + found.get("VmSwap", 0), found.get("VmHWM", 0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -394,8 +394,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     verdict = "[green]within[/]" if result["within_limit"] else "[red]over[/]"
     remark = f"{verdict} the limit of {result['limit_bytes'] / 1e9:.2f} GB; peak after {export['peak_at_seconds']:.0f} s"
     add("export and quantize", export["seconds"], export, export["bundle_bytes"], remark)
-    speed = f"first token after {run['first_token_ms']:,.0f} ms, then {run['tokens_per_second']:.1f} tokens/s"
-    add("load and answer", run["seconds"], run, None, f"loaded in {run['load_seconds']:.1f} s, hashes checked; {speed}")
+    speed = f"first token after {run['first_token_ms']:,.0f} ms, {run['tokens_per_second']:.1f} tokens/s"
+    add("load and answer", run["seconds"], run, None, f"loaded in {run['load_seconds']:.1f} s; {speed}")
     console.print(table)
 
 

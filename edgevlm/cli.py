@@ -250,6 +250,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
     """Imports inside need an extra; where it is missing, the error names it."""
+    from .doctor import missing_modules
+
+    # Some are imported late, deep inside: all are looked for here, before any work.
+    if missing := missing_modules(name):
+        raise MissingDependencyError(
+            f"Not installed: {', '.join(missing)}. `pip install 'edgevlm[{name}]'` brings what this command needs."
+        )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -263,14 +270,18 @@ def _extra(name: str) -> Iterator[None]:
         if (exc.name or "").startswith("edgevlm"):
             raise
         raise MissingDependencyError(
-            f"The package {exc.name!r} is missing. `pip install 'edgevlm[{name}]'` brings what this command needs."
+            f"The package {exc.name!r} is missing ({exc}). `pip install 'edgevlm[{name}]'` brings what this command needs."
         ) from exc
 
 
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 140)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1; `main` knows better
+            raise
+
+    return PipedConsole(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 @contextlib.contextmanager

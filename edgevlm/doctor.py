@@ -15,7 +15,14 @@ from pathlib import Path
 from .errors import MissingDependencyError
 from .runtimes import BACKENDS
 
-__all__ = ["Finding", "examine"]
+__all__ = ["EXTRAS", "Finding", "examine", "missing_modules"]
+
+#: The modules that each extra of the package brings.
+EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "quantize": ("onnx_ir", "ml_dtypes"),
+    "export": ("torch", "transformers", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,15 +107,15 @@ def _backends() -> list[Finding]:
     return findings
 
 
+def missing_modules(extra: str) -> list[str]:
+    """What an extra brings and is not installed."""
+    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+
+
 def _extras() -> list[Finding]:
-    needs = {
-        "cpu": ("onnxruntime",),
-        "quantize": ("onnx_ir", "ml_dtypes"),
-        "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"),
-    }
     findings = []
-    for extra, modules in needs.items():
-        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    for extra, modules in EXTRAS.items():
+        missing = missing_modules(extra)
         versions = ", ".join(f"{m} {_version(m)}" for m in modules if m not in missing)
         remedy = f"pip install 'edgevlm[{extra}]'" if missing else ""
         findings.append(

@@ -106,6 +106,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens!r}; it is a whole number of 1 or more.")
+        for name, kind in (("temperature", (int, float)), ("top_p", (int, float)), ("top_k", int), ("seed", int)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise InputError(f"{name} is {value!r}; it is a {'whole number' if kind is int else 'number'}.")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; it is 0 (greedy) or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -114,6 +118,8 @@ class Sampling:
             raise InputError(f"top_k is {self.top_k}; it is 1 or more.")
         if not self.temperature and (self.top_p is not None or self.top_k is not None):
             raise InputError("top_p and top_k choose among sampled tokens; give a temperature above 0 with them.")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it is 0 or more.")
 
     def generator(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
@@ -123,9 +129,9 @@ def choose_token(logits: np.ndarray, sampling: Sampling, rng: np.random.Generato
     """The next token from logits `[vocabulary]`: temperature, then top-k, then top-p, then a draw."""
     if not sampling.temperature:
         return int(logits.argmax())
-    scores = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scores, kind="stable")[: sampling.top_k]
-    weights = np.exp(scores[order] - scores[order[0]])
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k]
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the largest alone
+        weights = np.exp((logits[order].astype(np.float64) - float(logits[order[0]])) / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p is not None:
         # The smallest set whose probability reaches top_p.

@@ -26,8 +26,6 @@ class Reference:
             self.processor = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as exc:
             self.processor, self.no_processor = None, f"{type(exc).__name__}: {exc}"
-        text = self.model.config.get_text_config()
-        self.vocabulary, self.hidden_size = text.vocab_size, text.hidden_size
         std = getattr(getattr(self.processor, "image_processor", None), "image_std", None) or [1.0]
         # One step of eight bits, in the units of the normalised picture.
         self.pixel_tolerance = 1 / 255 / float(np.min(std)) + 1e-6

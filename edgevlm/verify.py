@@ -135,7 +135,8 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
 
     stage("loading the PyTorch model")
     reference = Reference(checkpoint.folder)
-    if reference.vocabulary != bundle.manifest.vocab_size or reference.hidden_size != bundle.manifest.hidden_size:
+    theirs, ours = family.describe(checkpoint.folder, reference.model.config, bundle.manifest.dtype), bundle.manifest
+    if any(getattr(theirs, what) != getattr(ours, what) for what in ("vocab_size", "hidden_size", "kv_cache", "image")):
         raise CheckpointError(
             f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from."
         )

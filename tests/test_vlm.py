@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import Llava
 from PIL import Image
-from tiny import LLAVAS, TinyLlava, make_llava
+from tiny import LLAVAS, TinyLlava
 
 from edgevlm import generate as generate_module
 from edgevlm import vlm as vlm_module
@@ -57,6 +57,32 @@ def watch(vlm: VLM, part: str) -> list[dict[str, np.ndarray]]:
 
     session.run = watched  # type: ignore[method-assign]
     return runs
+
+
+def logits_of(vlm: VLM, **asked: Any) -> tuple[Reply, np.ndarray]:
+    """A reply, and what each of its tokens was chosen from, `[tokens, vocabulary]`.
+
+    Tiny random models often give one answer to two pictures; their logits tell the pictures apart.
+    """
+    session, seen = vlm._sessions["decoder"], []
+    run = session.run
+
+    def watched(feeds: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
+        out = run(feeds, state)
+        seen.append(out["logits"][0, 0].astype(np.float64))
+        return out
+
+    session.run = watched  # type: ignore[method-assign]
+    try:
+        reply = vlm.generate(**asked)
+    finally:
+        session.run = run  # type: ignore[method-assign]
+    return reply, np.stack(seen[-len(reply.tokens) :])  # a prompt in several chunks has several before the first token
+
+
+def differ(first: np.ndarray, second: np.ndarray) -> float:
+    """How far the logits before the first token are apart."""
+    return float(np.abs(first[0] - second[0]).max())
 
 
 def copy_of(bundle: Path, folder: Path, **changes: Any) -> Path:
@@ -127,8 +153,8 @@ ASKED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "no picture": ({"prompt": "Is there a red cube?"}, [user(text_part("Is there a red cube?"))]),
     "picture in a later turn": ({"messages": LATER}, LATER),
     "interleaved": (
-        {"prompt": ["Look at ", A, " and at ", B, ". Which is left of the star?"]},
-        [user(text_part("Look at "), image_part(A), text_part(" and at "), image_part(B), text_part(". Which is left of the star?"))],
+        {"prompt": ["Look at ", A, " and at ", B, ". What changed?"]},
+        [user(text_part("Look at "), image_part(A), text_part(" and at "), image_part(B), text_part(". What changed?"))],
     ),
     "system message": ({"messages": SYSTEM}, SYSTEM),
     "text beyond ASCII": (
@@ -142,33 +168,38 @@ def transformers_model(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    torch.set_num_threads(1)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def transformers_tokens(model: Any, batch: Any, **options: Any) -> list[int]:
-    out = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False, **options)
-    return out[0, batch["input_ids"].shape[1] :].tolist()
+def transformers_answer(model: Any, batch: Any, **options: Any) -> tuple[list[int], np.ndarray]:
+    """Its greedy tokens, and the logits before each, `[tokens, vocabulary]`."""
+    out = model.generate(
+        **batch, max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
+    )
+    return out.sequences[0, batch["input_ids"].shape[1] :].tolist(), np.stack([step[0].numpy() for step in out.logits])
 
 
 @pytest.mark.parametrize("name", [tiny.name for tiny in LLAVAS])
 def test_the_tokens_are_those_of_transformers(llava: Callable[[str], Llava], name: str) -> None:
     ours = load(llava(name).bundle)
     model, processor = transformers_model(llava(name).checkpoint)
-    answers = set()
     for case, (asked, chat) in ASKED.items():
         batch = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        wanted = transformers_tokens(model, batch, eos_token_id=None)
-        reply = ours.generate(**asked, max_new_tokens=TOKENS)
+        wanted, scores = transformers_answer(model, batch, eos_token_id=None)
+        reply, logits = logits_of(ours, **asked, max_new_tokens=TOKENS)
         assert reply.timings.prompt_tokens == batch["input_ids"].shape[1], case
         assert len(wanted) == TOKENS
         assert reply.tokens == wanted, case
+        assert np.abs(logits - scores).max() < 1e-3, case
         assert reply.finish_reason == "length"
         assert reply.text == processor.tokenizer.decode(wanted, skip_special_tokens=True), case
-        answers.add(tuple(reply.tokens))
-    assert len(answers) == len(ASKED)  # the model does look at what it is asked
+    # The comparison would notice another picture.
+    seen = [logits_of(ours, prompt="How many?", images=[image], max_new_tokens=1)[1] for image in (A, B)]
+    assert differ(*seen) > 1e-2
 
 
 def test_without_a_chat_template_the_prompt_is_used_as_it_stands(plain: Llava) -> None:
@@ -176,10 +207,13 @@ def test_without_a_chat_template_the_prompt_is_used_as_it_stands(plain: Llava) -
     model, processor = transformers_model(plain.checkpoint)
     text = "USER: <image>\nHow many cubes? <image> ASSISTANT:"
     batch = processor(text=text, images=[A, B], return_tensors="pt")
-    reply = ours.generate(text, images=[A, B], max_new_tokens=TOKENS)
-    assert reply.tokens == transformers_tokens(model, batch, eos_token_id=None)
+    reply, logits = logits_of(ours, prompt=text, images=[A, B], max_new_tokens=TOKENS)
+    wanted, scores = transformers_answer(model, batch, eos_token_id=None)
+    assert reply.tokens == wanted
+    assert np.abs(logits - scores).max() < 1e-3
     # Pictures without any place go before the text, one line each.
-    assert ours.generate("Hm?", images=[A]).tokens == ours.generate("<image>\nHm?", images=[A]).tokens
+    before, written = (logits_of(ours, prompt=p, images=[A], max_new_tokens=8)[1] for p in ("Hm?", "<image>\nHm?"))
+    np.testing.assert_allclose(before, written, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -208,19 +242,13 @@ def test_the_stop_token_ends_the_answer_and_is_not_in_it(llava: Callable[[str], 
     batch = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    theirs = transformers_tokens(model, batch, eos_token_id=stop)
+    theirs, _ = transformers_answer(model, batch, eos_token_id=stop)
     ours = load(copy_of(tiny.bundle, tmp_path / "b", generation_config={"eos_token_id": stop}), endless=False)
     reply = ours.generate(**question, max_new_tokens=TOKENS)
     assert theirs[-1] == stop
     assert reply.tokens == theirs[:-1] == endless[: endless.index(stop)]
     assert reply.finish_reason == "stop"
     assert reply.timings.decoded_tokens == len(reply.tokens)  # the stop token, too, had to be decoded
-
-
-def stops(bundle: Path, folder: Path, **changes: Any) -> tuple[Reply, list[int]]:
-    """The reply of a changed copy, and the tokens of one that does not stop."""
-    changed = copy_of(bundle, folder, **changes)
-    return tuple(load(changed, endless=e).generate("How many?", images=[A], max_new_tokens=TOKENS) for e in (False, True))
 
 
 STOP_AT = 10
@@ -264,7 +292,7 @@ def test_where_the_stop_ids_come_from(bundle: Path, never: tuple[list[int], int]
     cases: dict[str, dict[str, Any]] = {
         "generation_config, a number": {"generation_config": {"eos_token_id": stop}},
         "generation_config, a list": {"generation_config": {"eos_token_id": [unused, stop]}},
-        "generation_config before config": {"generation_config": {"eos_token_id": stop}, "config": config_with("top", tokens[0])},
+        "first generation_config": {"generation_config": {"eos_token_id": stop}, "config": config_with("top", tokens[0])},
         "generation_config without it": {"generation_config": {}, "config": config_with("top", stop)},
         "config": {"generation_config": None, "config": config_with("top", [stop])},
         "config of the decoder": {"generation_config": None, "config": config_with("text", stop)},
@@ -292,17 +320,21 @@ def test_every_form_of_a_picture_is_the_same_picture(vlm: VLM, tmp_path: Path) -
     path = tmp_path / "a picture.png"
     A.save(path)
     forms: list[Any] = [A, np.asarray(A), str(path), path, path.read_bytes()]
-    replies = [load(vlm.bundle.folder).generate("How many?", images=[form], max_new_tokens=16) for form in forms]
-    assert all(reply.tokens == replies[0].tokens for reply in replies)
-    assert replies[0].timings.reused_images == 0
-    # In a list, where a string is text, a path is a Path; in messages, all are taken.
-    listed = [load(vlm.bundle.folder).generate([form, "How many?"], max_new_tokens=16) for form in forms if form is not forms[2]]
-    said = [load(vlm.bundle.folder).generate(messages=[user(image_part(f), text_part("How many?"))], max_new_tokens=16) for f in forms]
-    assert all(reply.tokens == replies[0].tokens for reply in listed + said)
+    # In a list, where a string is text, a path is a Path; elsewhere all are taken.
+    asked: list[dict[str, Any]] = [
+        *({"prompt": "How many?", "images": [form]} for form in forms),
+        *({"prompt": [form, "How many?"]} for form in forms if not isinstance(form, str)),
+        *({"messages": [user(image_part(form), text_part("How many?"))]} for form in forms),
+    ]
+    first, other = (logits_of(load(vlm.bundle.folder), prompt="How many?", images=[p], max_new_tokens=16)[1] for p in (A, B))
+    assert differ(first, other) > 1e-2
+    for request in asked:
+        reply, logits = logits_of(load(vlm.bundle.folder), **request, max_new_tokens=16)
+        assert reply.timings.reused_images == 0
+        np.testing.assert_allclose(logits, first, atol=1e-4)
     # And the cache knows them as the same.
-    vlm.generate("How many?", images=[A])
-    assert all(vlm.generate("How many?", images=[form]).timings.reused_images == 1 for form in forms)
-    assert vlm.generate("How many?", images=[B], max_new_tokens=16).tokens != replies[0].tokens
+    vlm.generate("How many?", images=[A], max_new_tokens=1)
+    assert all(vlm.generate(**request, max_new_tokens=1).timings.reused_images == 1 for request in asked)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -357,11 +389,12 @@ def test_both_layouts_of_the_preprocessing_configuration(llava: Callable[[str], 
     }  # fmt: skip
     older = copy_of(bundle, tmp_path / "old", preprocessor_config=old, processor_config=None)
     assert not (bundle / "preprocessor_config.json").exists()
-    replies = [load(folder).generate("How many?", images=[B], max_new_tokens=TOKENS) for folder in (bundle, older)]
-    assert replies[0].tokens == replies[1].tokens
+    asked: dict[str, Any] = {"prompt": "How many?", "images": [B], "max_new_tokens": 16}
+    _, wanted = logits_of(load(bundle), **asked)
+    np.testing.assert_allclose(logits_of(load(older), **asked)[1], wanted, atol=1e-4)
     squeezed = old | {"do_center_crop": False, "size": {"height": LLAVAS[0].side, "width": LLAVAS[0].side}}
     other = copy_of(bundle, tmp_path / "other", preprocessor_config=squeezed)  # the file of its own goes first
-    assert load(other).generate("How many?", images=[B], max_new_tokens=TOKENS).tokens != replies[0].tokens
+    assert differ(logits_of(load(other), **asked)[1], wanted) > 1e-2
 
 
 # ---------------------------------------------------------------------------------------------- streaming
@@ -378,7 +411,6 @@ def test_the_pieces_are_the_answer(vlm: VLM) -> None:
         assert "".join(piece.text for piece in pieces) == reply.text
         assert [piece.token for piece in pieces if piece.token is not None] == reply.tokens
         assert reply.text == tokenizer.decode(reply.tokens, skip_special_tokens=True)
-        assert reply == vlm.stream(question, images=[A], max_new_tokens=TOKENS).reply or reply.timings.vision >= 0
         assert reply.tokens == vlm.generate(question, images=[A], max_new_tokens=TOKENS).tokens
         assert list(stream) == []
 
@@ -449,14 +481,17 @@ def test_another_thread_waits_for_an_open_stream(vlm: VLM) -> None:
 def test_threads_get_the_answers_that_they_get_one_by_one(bundle: Path) -> None:
     vlm = load(bundle)
     asked = [(text, picture(seed)) for text in ("How many?", "Describe the scene.") for seed in range(6)]
-    alone = [load(bundle).generate(text, images=[image], max_new_tokens=16).tokens for text, image in asked]
+    # Drawn, not greedy: which token is drawn depends on every logit, so that a mixed-up picture shows.
+    drawn = {"max_new_tokens": 24, "temperature": 2.0, "seed": 0}
+    alone = [load(bundle).generate(text, images=[image], **drawn).tokens for text, image in asked]
+    assert len(set(map(tuple, alone))) > len(asked) // 2
     got: dict[int, list[int]] = {}
     order = random.Random(0)
 
     def serve(numbers: list[int]) -> None:
         for number in numbers:
             text, image = asked[number]
-            got[number] = vlm.generate(text, images=[image], max_new_tokens=16).tokens
+            got[number] = vlm.generate(text, images=[image], **drawn).tokens
 
     numbers = order.sample(range(len(asked)), len(asked))
     threads = [threading.Thread(target=serve, args=(numbers[i::4],), daemon=True) for i in range(4)]
@@ -542,11 +577,13 @@ def test_a_warm_model_answers_as_a_new_one(bundle: Path, seed: int, monkeypatch:
             for _ in range(rng.randrange(4)):
                 next(stream)
             stream.close()
-        reply = warm.generate(prompt, **asked)
+        reply, logits = logits_of(warm, prompt=prompt, **asked)
         case = (prompt, images, length, sampled)
         if case not in known:
-            known[case] = load(bundle).generate(prompt, **asked)
-        assert (reply.tokens, reply.text) == (known[case].tokens, known[case].text), case
+            known[case] = logits_of(load(bundle), prompt=prompt, **asked)
+        wanted, scores = known[case]
+        assert (reply.tokens, reply.text) == (wanted.tokens, wanted.text), case
+        np.testing.assert_allclose(logits, scores, atol=1e-4, err_msg=str(case))
         reused += reply.timings.reused_tokens
     assert reused > 0
 
@@ -554,8 +591,9 @@ def test_a_warm_model_answers_as_a_new_one(bundle: Path, seed: int, monkeypatch:
 def test_pictures_pushed_out_between_asking_and_reading(bundle: Path) -> None:
     """A stream is checked when it is made and works when it is read; what it counted on may be gone by then."""
     vlm = load(bundle)
-    wanted = vlm.generate("How many?", images=[A], max_new_tokens=8).tokens
-    stream = vlm.stream("How many?", images=[A], max_new_tokens=8)
+    drawn = {"max_new_tokens": 24, "temperature": 2.0, "seed": 0}
+    wanted = vlm.generate("How many?", images=[A], **drawn).tokens
+    stream = vlm.stream("How many?", images=[A], **drawn)
     for seed in range(100, 101 + vlm_module._KEPT_PICTURES):
         vlm.generate("How many?", images=[picture(seed)], max_new_tokens=1)
     assert stream.reply.tokens == wanted
@@ -570,7 +608,7 @@ def test_prefill_in_chunks_changes_nothing(bundle: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(generate_module, "CHUNK", 10_000)
     vlm = load(bundle)
     rows = watch(vlm, "decoder")
-    whole = vlm.generate(text, images=[A, B], max_new_tokens=TOKENS)
+    whole, scores = logits_of(vlm, prompt=text, images=[A, B], max_new_tokens=TOKENS)
     assert whole.timings.prompt_tokens > 3 * 256
     assert rows[0]["inputs_embeds"].shape[1] == whole.timings.prompt_tokens
     monkeypatch.undo()
@@ -578,7 +616,9 @@ def test_prefill_in_chunks_changes_nothing(bundle: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(generate_module, "CHUNK", size)
         vlm = load(bundle)
         rows = watch(vlm, "decoder")
-        assert vlm.generate(text, images=[A, B], max_new_tokens=TOKENS).tokens == whole.tokens
+        reply, logits = logits_of(vlm, prompt=text, images=[A, B], max_new_tokens=TOKENS)
+        assert reply.tokens == whole.tokens
+        np.testing.assert_allclose(logits, scores, atol=1e-3)
         assert max(feeds["inputs_embeds"].shape[1] for feeds in rows) == size
 
 
@@ -613,7 +653,9 @@ print(*(ask(tokens) for tokens in (300, 1800)))
         return long - short
 
     kv = Bundle.open(bundle, check_files=False).manifest.kv_cache
-    allowed = 2 * 1800 * kv.bytes_per_token() + 8_000_000
+    # Old and new cache while it grows, and what one chunk's attention looks back at: scores and weights in float32.
+    scores = 2 * generate_module.CHUNK * 2048 * LLAVAS[0].heads * 4
+    allowed = 2 * 2048 * kv.bytes_per_token() + scores + 8_000_000
     assert growth(generate_module.CHUNK) < allowed
     assert growth(10_000) > allowed  # in one piece, the attention alone would take more
 
@@ -678,13 +720,14 @@ def test_a_length_that_is_none_is_refused(vlm: VLM, number: Any) -> None:
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_a_written_image_token_stays_text(bundle: Path, images: int) -> None:
     vlm = load(bundle)
-    ids = watch(vlm, "embed_tokens")
+    builder, given = vlm._builder, []
+    build = builder.build
+    object.__setattr__(builder, "build", lambda request: given.append(build(request)) or given[-1])
     reply = vlm.generate("What does <image> mean, and </s>?", images=[A, B][:images], max_new_tokens=4)
-    given = [int(i) for feeds in ids for i in feeds["input_ids"].ravel()][: reply.timings.prompt_tokens]
-    image = vlm.bundle.manifest.image
-    assert given.count(image.token_id) == images * image.places
-    assert 2 not in given  # </s>
-    assert vlm._builder.tokenizer.decode(given).count("<image> mean, and </s>?") == 1
+    image, (prompt,) = vlm.bundle.manifest.image, given
+    assert prompt.ids.count(image.token_id) == images * image.places
+    assert 2 not in prompt.ids  # </s>
+    assert builder.tokenizer.decode(prompt.ids).count("<image> mean, and </s>?") == 1
     assert len(reply.tokens) == 4
 
 
@@ -711,12 +754,13 @@ def test_sampling_is_repeatable(vlm: VLM) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_choice_that_makes_no_sense_is_refused(vlm: VLM, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="temperature|top_p|top_k"):
+    with pytest.raises(InputError, match=r"temperature|top_p|top_k"):
         vlm.stream("How many?", **options)
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"prompt": ""}, {"prompt": "a", "messages": LATER}, {"prompt": []}, {"prompt": "a", "images": A}, {"messages": []}]
+    "asked",
+    [{}, {"prompt": ""}, {"prompt": "a", "messages": LATER}, {"prompt": []}, {"prompt": "a", "images": A}, {"messages": []}],
 )
 def test_a_request_without_form_is_refused(vlm: VLM, asked: dict[str, Any]) -> None:
     with pytest.raises(PromptError):
@@ -727,7 +771,9 @@ def test_a_request_without_form_is_refused(vlm: VLM, asked: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(("dtype", "recipe"), [("fp16", None), ("fp32", "int8"), ("fp32", "int4"), ("fp16", "int4")])
-def test_smaller_weights_run_from_end_to_end(llava: Callable[[str], Llava], bundle: Path, dtype: str, recipe: str | None) -> None:
+def test_smaller_weights_run_from_end_to_end(
+    llava: Callable[[str], Llava], bundle: Path, dtype: str, recipe: str | None
+) -> None:
     folder = llava(LLAVAS[0].name).export(dtype, recipe)
     warm = load(folder)
     answers = []
@@ -735,9 +781,10 @@ def test_smaller_weights_run_from_end_to_end(llava: Callable[[str], Llava], bund
         reply = warm.generate(text, images=[image], max_new_tokens=16)
         assert len(reply.tokens) == 16
         answers.append(tuple(reply.tokens))
-        drift = load(bundle).generate(text, images=[image], max_new_tokens=1).timings
-        assert reply.timings.prompt_tokens == drift.prompt_tokens
-    assert len(set(answers)) > 1
+        _, logits = logits_of(warm, prompt=text, images=[image], max_new_tokens=1)
+        _, exact = logits_of(load(bundle), prompt=text, images=[image], max_new_tokens=1)
+        cosine = float(logits[0] @ exact[0] / np.linalg.norm(logits[0]) / np.linalg.norm(exact[0]))
+        assert cosine > {None: 0.999, "int8": 0.98, "int4": 0.8}[recipe]
     new = load(folder).generate("Describe the scene.", images=[B], max_new_tokens=16)
     assert tuple(new.tokens) == answers[-1]
 

@@ -43,6 +43,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no object.")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise CheckpointError(f"{path} has the 'architectures' {architectures!r}; it is a list of names.")
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"

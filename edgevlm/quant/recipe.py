@@ -82,7 +82,7 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         data = _parse_toml(text) if path.suffix == ".toml" else json.loads(text)
-    except (ValueError, OSError) as exc:
+    except (ValueError, OSError, RecursionError) as exc:
         raise RecipeError(f"{path} cannot be read as {'TOML' if path.suffix == '.toml' else 'JSON'}: {exc}.") from exc
     return _recipe_from(data, path)
 
@@ -101,6 +101,9 @@ def _recipe_from(data: Any, path: Path) -> Recipe:
     extra = sorted(set(data) - {"name", "rules"})
     if extra:
         raise RecipeError(f"{path} has unknown keys: {', '.join(extra)}. A recipe has 'name' and 'rules'.")
+    name = data.get("name", path.stem)
+    if not isinstance(name, str):
+        raise RecipeError(f"{path} has the name {name!r}; it is a text.")
     rules = []
     for number, entry in enumerate(data["rules"], 1):
         where = f"{path}, rule {number}"
@@ -118,4 +121,4 @@ def _recipe_from(data: Any, path: Path) -> Recipe:
             if not isinstance(entry.get(pattern, "*"), str):
                 raise RecipeError(f"{where}: {pattern!r} is {entry[pattern]!r}; it is a shell pattern such as '*.mlp.*'.")
         rules.append(Rule(**entry))
-    return Recipe(str(data.get("name", path.stem)), tuple(rules))
+    return Recipe(name, tuple(rules))

@@ -19,6 +19,9 @@ from ..tensors import column_blocks, row_blocks
 
 __all__ = ["quantize_int4", "quantize_int8", "quantize_int8_rows"]
 
+#: Bytes of packed INT4 that are made in one go.
+_PACKED_AT_ONCE = 4 << 20
+
 
 def _scales(peak: np.ndarray, top: float, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
     """The scales as they are stored, and their inverse (0 for an all-zero channel, whose scale is 1).
@@ -37,14 +40,21 @@ def _dims(tensor: ir.TensorProtocol) -> tuple[int, int]:
     return rows, columns
 
 
+def _round(block: np.ndarray, inverse: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Overwrites `block`, which is a copy already: more copies would be the largest thing in memory."""
+    np.multiply(block, inverse, out=block)
+    np.rint(block, out=block)
+    return np.clip(block, low, high, out=block)
+
+
 def quantize_int8(weight: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
     """`[K, N]` → int8 `[K, N]`, scales `[N]`."""
     inner, outer = _dims(weight)
     quantized = np.empty((inner, outer), np.int8)
     scales = np.empty(outer, scale_dtype)
     for part, block in column_blocks(weight):
-        scales[part], inverse = _scales(np.abs(block).max(0), 127, scale_dtype)
-        quantized[:, part] = np.rint(block * inverse).clip(-127, 127)
+        scales[part], inverse = _scales(np.maximum(block.max(0), -block.min(0)), 127, scale_dtype)
+        quantized[:, part] = _round(block, inverse, -127, 127)
     return quantized, scales
 
 
@@ -54,8 +64,8 @@ def quantize_int8_rows(table: ir.TensorProtocol, scale_dtype: np.dtype[np.generi
     quantized = np.empty((rows, width), np.int8)
     scales = np.empty((rows, 1), scale_dtype)
     for part, block in row_blocks(table):
-        scales[part, 0], inverse = _scales(np.abs(block).max(1), 127, scale_dtype)
-        quantized[part] = np.rint(block * inverse[:, None]).clip(-127, 127)
+        scales[part, 0], inverse = _scales(np.maximum(block.max(1), -block.min(1)), 127, scale_dtype)
+        quantized[part] = _round(block, inverse[:, None], -127, 127)
     return quantized, scales
 
 
@@ -76,16 +86,20 @@ def quantize_int4(
             block = columns[rows]
             peak = np.take_along_axis(block, np.abs(block).argmax(0)[None], 0)[0]
             scales[number, part], inverse = _scales(peak, -8, scale_dtype)
-            quantized[rows, part] = np.rint(block * inverse).clip(-8, 7)
+            quantized[rows, part] = _round(block, inverse, -8, 7)
     return pack_int4(quantized), scales
 
 
 def pack_int4(values: np.ndarray) -> np.ndarray:
     """int8 in -8 … 7 → uint8, two to a byte in row-major order, low nibble first (ONNX's layout of INT4)."""
     flat = values.reshape(-1).view(np.uint8)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return (flat[0::2] & 0xF) | (flat[1::2] << 4)
+    packed = np.empty((flat.size + 1) // 2, np.uint8)
+    for first in range(0, packed.size, _PACKED_AT_ONCE):
+        end = first + _PACKED_AT_ONCE
+        low, high = flat[2 * first : 2 * end : 2], flat[2 * first + 1 : 2 * end : 2]
+        np.bitwise_and(low, 0xF, out=packed[first:end])
+        packed[first : first + high.size] |= high << 4
+    return packed
 
 
 def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

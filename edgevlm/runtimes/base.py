@@ -21,6 +21,8 @@ class State(ABC):
     """Tensors that a part updates in place from run to run: the KV cache, `[B, heads, capacity, head_dim]` each."""
 
     capacity: int
+    inputs: frozenset[str]
+    """The part's inputs that are state, which a run is not fed with."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
@@ -38,18 +40,20 @@ class PartSession(ABC):
 
         Raises BundleError where names or shapes are not the part's: the bundle and the runtime disagree.
         """
+        wanted = [name for name in self.part.inputs if state is None or name not in state.inputs]
+        if set(feeds) != set(wanted):
+            raise BundleError(f"The part {self.name} takes the inputs {', '.join(wanted)}; it was given {', '.join(sorted(feeds)) or 'none'}.")
         ready: dict[str, np.ndarray] = {}
-        for name, info in self.part.inputs.items():
-            if name in feeds:
-                array = feeds[name]
-                fits = len(array.shape) == len(info.shape) and all(
-                    not isinstance(want, int) or want == have for want, have in zip(info.shape, array.shape, strict=True)
-                )
-                if not fits:
-                    raise BundleError(f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}.")
-                ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
-            elif state is None:
-                raise BundleError(f"The part {self.name} needs the input {name!r}; it was given {', '.join(sorted(feeds))}.")
+        sizes: dict[str, int] = {}  # of the dimensions that have a name, which is one size in all inputs
+        for name in wanted:
+            array, info = feeds[name], self.part.inputs[name]
+            fits = len(array.shape) == len(info.shape) and all(
+                have == (sizes.setdefault(want, have) if isinstance(want, str) else want)
+                for want, have in zip(info.shape, array.shape, strict=True)
+            )
+            if not fits:
+                raise BundleError(f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}.")
+            ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
         return self._run(ready, state)
 
     @abstractmethod

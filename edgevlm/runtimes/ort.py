@@ -35,7 +35,7 @@ def _onnxruntime() -> Any:
 class _OrtState(State):
     def __init__(self, session: _OrtSession, pairs: Mapping[str, str], batch: int, capacity: int) -> None:
         self._session, self._pairs = session, dict(pairs)
-        self.capacity = capacity
+        self.capacity, self.inputs = capacity, frozenset(pairs)
         infos = {name: session.part.inputs[name] for name in pairs}
         sizes = {"batch_size": batch, "capacity": capacity}
         self._arrays = {
@@ -78,16 +78,20 @@ class _OrtSession(PartSession):
         return _OrtState(self, pairs, batch, capacity)
 
     def _run(self, feeds: dict[str, np.ndarray], state: State | None) -> dict[str, np.ndarray]:
-        if state is None:
-            return dict(zip(self._order, self.session.run(self._order, feeds), strict=True))
-        assert isinstance(state, _OrtState)
-        for name, array in feeds.items():
-            state.binding.bind_cpu_input(name, array)
-        self.session.run_with_iobinding(state.binding)
+        try:
+            if state is None:
+                return dict(zip(self._order, self.session.run(self._order, feeds), strict=True))
+            assert isinstance(state, _OrtState)
+            for name, array in feeds.items():
+                state.binding.bind_cpu_input(name, array)
+            self.session.run_with_iobinding(state.binding)
+        except Exception as exc:  # ONNX Runtime's exceptions share no base class
+            raise BundleError(f"ONNX Runtime stopped in the part {self.name}: {exc}") from exc
         # Outputs come in the order in which they were bound: the state first.
         values = state.binding.get_outputs()[len(state.state_outputs) :]
         names = [name for name in self.part.outputs if name not in state.state_outputs]
-        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+        # The next run writes into the same buffers, so what is handed out is a copy.
+        return {name: np.array(value.numpy()) for name, value in zip(names, values, strict=True)}
 
 
 class _OnnxRuntime(Backend):

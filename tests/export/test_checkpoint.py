@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+import onnx_ir as ir
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -31,6 +32,9 @@ from edgevlm.errors import (
 from edgevlm.export import export
 from edgevlm.export.checkpoint import open_checkpoint
 from edgevlm.export.export import export_bundle
+from edgevlm.export.trace import PARAMETER
+from edgevlm.models import PartSpec
+from edgevlm.models import llava as family
 
 
 @pytest.fixture
@@ -239,11 +243,19 @@ def test_missing_weight(broken: Path) -> None:
 
 
 def test_missing_head_is_not_replaced_by_the_embeddings(broken: Path) -> None:
-    path = broken / "model.safetensors"
-    weights = load_file(path)
-    del weights[next(name for name in weights if name.endswith("lm_head.weight"))]
-    save_file(weights, path, {"format": "pt"})
-    assert "lm_head.weight" in refused(broken, WeightsError)
+    weights = {family.weight_name(name): entry for name, entry in open_checkpoint(str(broken)).weights.items()}
+    del weights["lm_head.weight"]
+    rows, width = weights["language_model.embed_tokens.weight"].shape
+
+    def head() -> ir.Model:
+        value = ir.Value(name="w", shape=ir.Shape([rows, width]), type=ir.TensorType(ir.DataType.FLOAT))
+        value.metadata_props[PARAMETER] = "lm_head.weight"
+        return ir.Model(ir.Graph([], [], nodes=[], initializers=[value]), ir_version=11)
+
+    spec = PartSpec("decoder", None, {}, {})
+    with pytest.raises(WeightsError, match="no weight 'lm_head.weight'"):
+        export.bind_weights(head(), spec, family, weights, tied=False)
+    export.bind_weights(head(), spec, family, weights, tied=True)
 
 
 def test_wrong_shape(broken: Path) -> None:

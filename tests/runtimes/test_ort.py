@@ -1,0 +1,203 @@
+"""ONNX Runtime behind the backend interface: state in place, checks before a run, and reasons instead of silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import onnxruntime as ort
+
+from edgevlm.bundle import Bundle, TensorInfo
+from edgevlm.errors import BundleError, InputError
+from edgevlm.runtimes import BACKENDS, PartSession, State, open_part
+from edgevlm.runtimes.base import BackendUnavailable
+
+PAIRS = {f"past_key_values.{i}.{w}": f"present.{i}.{w}" for i in range(2) for w in ("key", "value")}
+
+
+def opened(bundle: Path, part: str) -> PartSession:
+    found = Bundle.open(bundle, check_files=False)
+    session, choice = open_part(found.part_path(part), part, found.manifest.parts[part], backend="cpu", threads=1)
+    assert (choice.backend, choice.passed_over) == ("cpu", {})
+    return session
+
+
+@pytest.fixture(params=["fp32", "fp16"])
+def decoder(request: pytest.FixtureRequest, llava: Callable[[str], Any]) -> PartSession:
+    return opened(llava("clip-llama").export(request.param), "decoder")
+
+
+def step(start: int, length: int, batch: int = 1) -> dict[str, np.ndarray]:
+    embeds = np.random.default_rng(start).standard_normal((batch, length, 64), np.float32)
+    positions = np.broadcast_to(start + np.arange(length), (batch, length))
+    return {"inputs_embeds": embeds, "position_ids": positions, "last_token_index": np.full(batch, length - 1)}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_in_place_is_what_an_unbound_session_gives(decoder: PartSession, batch: int) -> None:
+    dtype = np.dtype(decoder.part.inputs["inputs_embeds"].dtype)
+    past = {name: np.zeros((batch, 4, 16, 16), dtype) for name in PAIRS}
+    state = decoder.new_state(PAIRS, batch, 16)
+    start = 0
+    for length in (5, 1, 1, 6, 1):
+        feeds = step(start, length, batch)
+        plain = decoder.run(feeds | past)
+        bound = decoder.run(feeds, state)
+        assert set(bound) == {"logits"}
+        np.testing.assert_array_equal(bound["logits"], plain["logits"])
+        past = {name: plain[present] for name, present in PAIRS.items()}
+        start += length
+    assert np.abs(plain["logits"]).max() > 0
+
+
+def test_results_are_not_overwritten_by_the_next_run(decoder: PartSession) -> None:
+    state = decoder.new_state(PAIRS, 1, 16)
+    first = decoder.run(step(0, 3), state)["logits"]
+    kept = first.copy()
+    assert not np.array_equal(decoder.run(step(3, 1), state)["logits"], kept)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_states_are_apart(decoder: PartSession) -> None:
+    alone = decoder.new_state(PAIRS, 1, 16)
+    decoder.run(step(0, 3), alone)
+    expected = decoder.run(step(3, 1), alone)["logits"]
+    one, other = decoder.new_state(PAIRS, 1, 16), decoder.new_state(PAIRS, 1, 16)
+    decoder.run(step(0, 3), one)
+    decoder.run(step(50, 3) | {"position_ids": np.arange(3)[None]}, other)
+    np.testing.assert_array_equal(decoder.run(step(3, 1), one)["logits"], expected)
+
+
+def test_grown_state_keeps_its_content(decoder: PartSession) -> None:
+    roomy, growing = decoder.new_state(PAIRS, 2, 24), decoder.new_state(PAIRS, 2, 4)
+    for state in (roomy, growing):
+        decoder.run(step(0, 4, 2), state)
+    growing.grow(9)
+    assert growing.capacity == 9
+    for start, length in ((4, 4), (8, 1)):
+        a, b = (decoder.run(step(start, length, 2), state)["logits"].astype(np.float32) for state in (roomy, growing))
+        np.testing.assert_allclose(a, b, atol=2e-3 if decoder.part.inputs["inputs_embeds"].dtype == "float16" else 1e-5)
+    growing.grow(24)
+    a, b = (decoder.run(step(9, 15, 2), state)["logits"].astype(np.float32) for state in (roomy, growing))
+    np.testing.assert_allclose(a, b, atol=2e-3 if decoder.part.inputs["inputs_embeds"].dtype == "float16" else 1e-5)
+    empty = decoder.new_state(PAIRS, 2, 24)
+    assert np.abs(decoder.run(step(9, 15, 2), empty)["logits"] - a).max() > 1e-2, "what was stored does not matter"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.pop("position_ids"), "takes the inputs inputs_embeds, position_ids, last_token_index"),
+        (lambda f: f.update(input_ids=np.zeros((1, 3), np.int64)), "it was given input_ids, inputs_embeds"),
+        (lambda f: f.clear(), "it was given none"),
+        (lambda f: f.update(inputs_embeds=np.zeros((1, 3, 63), np.float32)), r"takes 'inputs_embeds' as .*64\]; it was given \[1, 3, 63\]"),
+        (lambda f: f.update(inputs_embeds=np.zeros((3, 64), np.float32)), r"'inputs_embeds' .* it was given \[3, 64\]"),
+        (lambda f: f.update(position_ids=np.zeros((1, 2), np.int64)), r"'position_ids' .* it was given \[1, 2\]"),
+        (lambda f: f.update(last_token_index=np.zeros(2, np.int64)), r"'last_token_index' .* it was given \[2\]"),
+        (lambda f: f.update({"past_key_values.0.key": np.zeros((1, 4, 16, 16), np.float32)}), "it was given .*past_key_values.0.key"),
+    ],
+)
+def test_wrong_feeds_are_refused(bundle: Path, change: Callable[[dict[str, Any]], object], said: str) -> None:
+    decoder = opened(bundle, "decoder")
+    state = decoder.new_state(PAIRS, 1, 16)
+    decoder.run(step(0, 3), state)  # what was bound before must not be taken in place of what is missing now
+    feeds: dict[str, Any] = step(3, 3)
+    change(feeds)
+    with pytest.raises(BundleError, match=f"The part decoder.*{said}"):
+        decoder.run(feeds, state)
+
+
+def test_missing_state_is_refused(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"past_key_values\.0\.key"):
+        opened(bundle, "decoder").run(step(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("part", "feeds"),
+    [
+        ("embed_tokens", {"input_ids": np.array([[10**6]])}),
+        ("decoder", step(15, 3)),
+        ("decoder", step(0, 1, batch=2)),
+        ("decoder", step(0, 1) | {"last_token_index": np.array([7])}),
+    ],
+    ids=["an id beyond the vocabulary", "positions beyond the cache", "more rows than the cache", "a row that is not there"],
+)
+def test_what_only_the_graph_can_tell(bundle: Path, part: str, feeds: dict[str, np.ndarray]) -> None:
+    session = opened(bundle, part)
+    state: State | None = session.new_state(PAIRS, 1, 16) if part == "decoder" else None
+    with pytest.raises(BundleError, match=f"part {part}"):
+        session.run(feeds, state)
+    if state:  # and it can be used again
+        assert np.isfinite(session.run(step(0, 2), state)["logits"]).all()
+
+
+def test_feeds_are_cast_and_made_contiguous(llava: Callable[[str], Any]) -> None:
+    session = opened(llava("clip-llama").export("fp16"), "projector")
+    features = np.random.default_rng(0).standard_normal((1, 16, 32))
+    expected = session.run({"vision_features": features.astype(np.float16)})["image_features"]
+    assert expected.dtype == np.float16
+    for given in (features, features.astype(np.float32), np.asfortranarray(features), features[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(session.run({"vision_features": given})["image_features"], expected)
+
+
+# -------------------------------------------------------------------------------------- the choice
+
+
+def test_unknown_backend(bundle: Path) -> None:
+    part = Bundle.open(bundle, check_files=False).manifest.parts["projector"]
+    with pytest.raises(InputError, match="no backend 'tpu'; there are cuda, cpu"):
+        open_part(bundle / "onnx" / "projector.onnx", "projector", part, backend="tpu", threads=None)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine may have the GPU")
+def test_gpu_that_is_not_there(bundle: Path) -> None:
+    part, path = Bundle.open(bundle, check_files=False).manifest.parts["projector"], bundle / "onnx" / "projector.onnx"
+    with pytest.raises(InputError, match=r"projector.*cuda: the installed onnxruntime has no CUDAExecutionProvider.*edgevlm\[gpu\]"):
+        open_part(path, "projector", part, backend="cuda", threads=None)
+    _, choice = open_part(path, "projector", part, backend=None, threads=None)
+    assert choice.backend == "cpu"
+    assert "no CUDAExecutionProvider" in choice.passed_over["cuda"]
+
+
+def test_silent_fallback_is_noticed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime runs on the CPU when a GPU cannot be started; here a provider that gives no session of its own."""
+    cuda, part = BACKENDS["cuda"], Bundle.open(bundle, check_files=False).manifest.parts["projector"]
+    path, session = bundle / "onnx" / "projector.onnx", ort.InferenceSession
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: session(model, options, ["CPUExecutionProvider"]))
+    with pytest.raises(BackendUnavailable):
+        cuda.open(path, "projector", part, None)
+    with pytest.raises(InputError, match="could not start"):
+        open_part(path, "projector", part, backend="cuda", threads=None)
+    _, choice = open_part(path, "projector", part, backend=None, threads=None)
+    assert (choice.backend, list(choice.passed_over)) == ("cpu", ["cuda"])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0b" + b"\xff" * 100])
+def test_broken_graph(bundle: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "projector.onnx"
+    path.write_bytes(content)
+    part = Bundle.open(bundle, check_files=False).manifest.parts["projector"]
+    with pytest.raises(BundleError, match=r"cannot load the part projector .*projector\.onnx"):
+        open_part(path, "projector", part, backend="cpu", threads=None)
+
+
+def test_graph_without_its_weights(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "projector.onnx").write_bytes((bundle / "onnx" / "projector.onnx").read_bytes())
+    part = Bundle.open(bundle, check_files=False).manifest.parts["projector"]
+    with pytest.raises(BundleError, match="cannot load the part projector"):
+        open_part(tmp_path / "projector.onnx", "projector", part, backend="cpu", threads=None)
+
+
+def test_manifest_of_another_graph(bundle: Path) -> None:
+    part = Bundle.open(bundle, check_files=False).manifest.parts["projector"]
+    other = replace(part, inputs={"features": TensorInfo("float32", ("batch_size", "image_tokens", 32))})
+    session, _ = open_part(bundle / "onnx" / "projector.onnx", "projector", other, backend="cpu", threads=1)
+    with pytest.raises(BundleError, match="part projector"):
+        session.run({"features": np.zeros((1, 16, 32), np.float32)})

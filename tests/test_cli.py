@@ -1,0 +1,424 @@
+"""The command line: what it prints, what it returns, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Llava
+from PIL import Image
+from tiny import LLAVAS, make_llava
+
+from edgevlm.bundle import MANIFEST, Bundle
+from edgevlm.cli import main
+
+COMMANDS = ("export", "quantize", "verify", "run", "inspect", "doctor", "demo")
+PARTS = ("vision_encoder", "projector", "embed_tokens", "decoder")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)).save(path)
+    return path
+
+
+def call(*arguments: object) -> int:
+    """The exit code of a command line, of the parser's kind too."""
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as exc:
+        return int(exc.code or 0)
+
+
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgevlm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, which is one line without a traceback; nothing may be on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("edgevlm ")
+    assert err.count("\n") == 1
+    return err
+
+
+# ----------------------------------------------------------------------------------------- the whole path
+
+
+def test_the_whole_path(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, small = tmp_path / "new" / "bundle", tmp_path / "int4"
+    assert call("export", "--model", checkpoint, "--output", bundle) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in PARTS)
+
+    assert call("inspect", bundle) == 0
+    shown = capsys.readouterr().out
+    assert "LlavaForConditionalGeneration" in shown
+    assert "none (float)" in shown
+    assert call("inspect", bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((bundle / MANIFEST).read_text())
+
+    assert call("quantize", bundle, "--recipe", "int4", "--output", small) == 0
+    assert "int4" in capsys.readouterr().out
+    assert Bundle.open(small).manifest.recipe["name"] == "int4"  # type: ignore[index]
+
+    assert call("verify", bundle, "--against", checkpoint) == 0
+    assert "All within the limits" in capsys.readouterr().out
+    assert call("verify", bundle, "--against", checkpoint, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((bundle / "reports" / "parity.json").read_text())
+    assert (report["passed"], report["failures"]) == (True, [])
+
+    assert call("run", bundle, "--image", photo, "--prompt", "How many?", "--max-new-tokens", 5, "--threads", 1) == 0
+    out, err = capsys.readouterr()
+    assert call("run", bundle, "--image", photo, "--prompt", "How many?", "--max-new-tokens", 5, "--threads", 1, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert out == answer["text"] + "\n"
+    assert "first token after" in err
+    assert "cut at --max-new-tokens" in err
+    assert len(answer["tokens"]) == 5
+    assert answer["finish_reason"] == "length"
+    assert answer["tokens_per_second"] > 0
+    assert answer["timings"]["prompt_tokens"] > 16
+    assert {"vision", "prefill", "decode", "first_token", "reused_tokens", "reused_images"} <= set(answer["timings"])
+    assert {part: choice["backend"] for part, choice in answer["backends"].items()} == dict.fromkeys(PARTS, "cpu")
+
+
+def test_export_can_quantize_on_the_way(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "b"
+    assert call("export", "--model", checkpoint, "--output", output, "--dtype", "fp16", "--quantize", "int8") == 0
+    assert "int8" in capsys.readouterr().out
+    manifest = Bundle.open(output).manifest
+    assert manifest.recipe is not None
+    assert (manifest.recipe["name"], manifest.dtype) == ("int8", "float16")
+    # An output that exists is replaced with --force only.
+    assert call("export", "--model", checkpoint, "--output", output) == 2
+    assert "--force" in said(capsys)
+    assert call("export", "--model", checkpoint, "--output", output, "--force") == 0
+    assert Bundle.open(output).manifest.recipe is None
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_run_takes_several_pictures_and_samples(bundle: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*more: object) -> dict[str, Any]:
+        common = ("--prompt", "What changed?", "--max-new-tokens", 12, "--threads", 1, "--json")
+        assert call("run", bundle, *common, *more) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, two = answer("--image", photo), answer("--image", photo, "--image", photo)
+    assert two["timings"]["prompt_tokens"] >= one["timings"]["prompt_tokens"] + 16
+    assert answer("--image", photo, "--temperature", 0)["tokens"] == one["tokens"]
+    first, again, other = (
+        answer("--image", photo, "--temperature", 3, "--top-p", 0.95, "--seed", seed)["tokens"] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor") == 0
+    assert "onnxruntime" in capsys.readouterr().out
+    assert call("doctor", "--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert all(set(finding) == {"what", "found", "ok", "remedy"} for finding in findings)
+    assert next(f for f in findings if f["what"] == "backend cpu")["ok"] is True
+
+
+def test_the_module_runs_as_a_program(bundle: Path, photo: Path) -> None:
+    done = process("run", bundle, "--image", photo, "--prompt", "How many?", "--max-new-tokens", "4", "--threads", "1")
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
+    version = process("--version")
+    assert (version.returncode, version.stdout.split()[0]) == (0, "edgevlm")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"edgevlm {command}" in shown
+    assert "--debug" in shown
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["run"], "--prompt"),
+        (["run", "b", "--prompt", "a", "--max-new-tokens", "many"], "many"),
+        (["run", "b", "--prompt", "a", "--max", "5"], "--max"),  # no guessing of what was meant
+        (["export", "--model", "m", "--output", "o", "--dtype", "bf16"], "bf16"),
+        (["export", "--output", "o"], "--model"),
+        (["quantize", "b", "--output", "o"], "--recipe"),
+    ],
+    ids=str,
+)
+def test_a_command_line_that_is_none(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err.splitlines()[-1]
+    assert "usage" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "-3"], "max_new_tokens"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--temperature", "1", "--top-p", "0"], "top_p"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-p", "0.5"], "temperature"),
+        (["--temperature", "1", "--seed", "-1"], "seed"),
+        (["--backend", "cuda"], "cuda"),
+        (["--backend", "abacus"], "cpu"),
+        (["--threads", "0"], "threads"),
+        (["--capacity", "1"], "2048"),
+        (["--capacity", "5000"], "2048"),
+        (["--capacity", "8"], "capacity of 8"),
+        (["--image", "missing.png"], "missing.png"),
+        (["--image", "."], "folder"),
+        (["--prompt", ""], "empty"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_served(
+    bundle: Path, options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if options == ["--backend", "cuda"]:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this machine may have a GPU that works")
+    assert call("run", bundle, "--prompt", "How many cubes are there?", *options) == 2
+    assert named in said(capsys)
+
+
+def test_a_file_that_is_no_picture(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "note.png").write_text("not a picture")
+    assert call("run", bundle, "--prompt", "How many?", "--image", tmp_path / "note.png") == 2
+    assert "note.png" in said(capsys)
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "quantize", "verify"])
+def test_a_bundle_that_is_missing_or_damaged(
+    command: str, bundle: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {
+        "run": ["--prompt", "a"], "inspect": [], "quantize": ["--recipe", "int8", "--output", tmp_path / "out"],
+        "verify": ["--against", checkpoint],
+    }[command]  # fmt: skip
+    assert call(command, tmp_path / "nothing", *more) == 2
+    assert "does not exist" in said(capsys)
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    good = (copy / MANIFEST).read_text()
+    newer, unknown = good.replace('"schema_version": 1', '"schema_version": 99'), good.replace("kv_cache", "cache")
+    for damaged in ("{", "[]", "{}", newer, unknown):
+        assert damaged != good
+        (copy / MANIFEST).write_text(damaged)
+        assert call(command, copy, *more) == 2
+        assert MANIFEST in said(capsys)
+    (copy / MANIFEST).write_text(good)
+
+    weights = next(p for p in sorted((copy / "onnx").iterdir()) if p.suffix != ".onnx")
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    weights.write_bytes(data)
+    if command != "inspect":  # which reads the manifest only
+        assert call(command, copy, *more) == 2
+        assert weights.name in said(capsys)
+    weights.unlink()
+    assert call(command, copy, *more) == 2
+    assert weights.name in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "architectures"),
+        ({"text_config": {"model_type": "gpt2"}}, "gpt2"),
+        ({"vision_config": {"model_type": "vit"}}, "vit"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_supported(
+    checkpoint: Path, tmp_path: Path, change: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    assert call("export", "--model", copy, "--output", tmp_path / "out") == 2
+    assert named in said(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_export_and_quantize_refuse(
+    checkpoint: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, taken = tmp_path / "out", tmp_path / "taken"
+    taken.mkdir()
+    (taken / "diary.txt").write_text("mine")
+    for arguments, named in (
+        (("export", "--model", "no-such-model", "--output", out), "no-such-model"),
+        (("export", "--model", tmp_path / "nothing", "--output", out), "nothing"),
+        (("export", "--model", taken, "--output", out), "config.json"),
+        (("export", "--model", checkpoint, "--output", taken), "exists"),
+        (("export", "--model", checkpoint, "--output", taken, "--force"), "no bundle"),
+        (("export", "--model", checkpoint, "--output", out, "--quantize", "int3"), "int3"),
+        (("quantize", bundle, "--recipe", "int3", "--output", out), "int8, int4"),
+        (("quantize", bundle, "--recipe", "int8", "--output", taken), "exists"),
+        (("quantize", bundle, "--recipe", "int8", "--output", bundle), "exists"),
+        (("verify", bundle, "--against", tmp_path / "nothing"), "nothing"),
+    ):
+        assert call(*arguments) == 2, arguments
+        assert named in said(capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]
+    assert (taken / "diary.txt").read_text() == "mine"
+
+
+def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("inspect", tmp_path / "nothing", "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "BundleError" in err
+    assert err.splitlines()[-1].startswith("edgevlm inspect: error:")
+
+
+def test_a_bug_is_called_one(monkeypatch: pytest.MonkeyPatch, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(Bundle, "open", broken)
+    assert call("inspect", bundle) == 3
+    assert "ZeroDivisionError" in said(capsys)
+
+
+# ------------------------------------------------------------------------------------------- verification
+
+
+def test_verify_notices_other_weights(
+    llava: Callable[[str], Llava], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same architecture from another seed: a bundle whose weights are not those of its checkpoint."""
+    other = make_llava(tmp_path / "other", LLAVAS[0], seed=1)
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    capsys.readouterr()
+    assert call("verify", copy, "--against", other) == 1
+    shown = capsys.readouterr().out
+    assert "MISSED" in shown
+    missed = shown[shown.index("missed:") :]
+    assert all(f"part {part}" in " ".join(missed.split()) for part in PARTS)
+
+
+# ------------------------------------------------------------------------------ signals, pipes and packages
+
+
+def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "bundle"
+    command = [sys.executable, "-m", "edgevlm", "export", "--model", str(checkpoint), "--output", str(output)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not list(output.parent.glob(".bundle.*")):  # until it has begun to write
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "run --json", "inspect", "inspect --json", "doctor"])
+def test_a_reader_that_leaves_early_is_no_error(command: str, bundle: Path, photo: Path) -> None:
+    name, *options = command.split()
+    arguments = [name, *([str(bundle)] if name != "doctor" else []), *options]
+    if name == "run":
+        arguments += ["--prompt", "How many?", "--max-new-tokens", "200", "--threads", "1", "--image", str(photo)]
+    reader, writer = os.pipe()
+    os.close(reader)  # nobody reads at all: the first write fails
+    started = subprocess.Popen([sys.executable, "-m", "edgevlm", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    _, err = started.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+    assert started.returncode == 0
+
+
+def test_head_sees_its_bytes(bundle: Path, photo: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-m", "edgevlm", "inspect", str(bundle), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    second = subprocess.run(["head", "-c", "5"], stdin=first.stdout, capture_output=True, timeout=60)
+    assert first.stdout is not None
+    first.stdout.close()
+    assert second.stdout == b'{\n  "'
+    assert first.stderr is not None
+    assert first.stderr.read() == b""
+    assert first.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("torch", "export", "edgevlm[export]"),
+        ("transformers", "export", "edgevlm[export]"),
+        ("safetensors", "export", "edgevlm[export]"),
+        ("onnxscript", "export", "edgevlm[export]"),
+        ("onnx_ir", "export", "edgevlm[export]"),
+        ("onnx_ir", "quantize", "edgevlm[quantize]"),
+        ("ml_dtypes", "quantize", "edgevlm[quantize]"),
+        ("torch", "verify", "edgevlm[export]"),
+        ("onnxruntime", "run", "edgevlm[cpu]"),
+    ],
+)
+def test_a_package_that_is_not_installed(
+    package: str, command: str, extra: str, checkpoint: Path, bundle: Path, tmp_path: Path
+) -> None:
+    arguments = {
+        "export": ["--model", checkpoint, "--output", tmp_path / "out"],
+        "quantize": [bundle, "--recipe", "int4", "--output", tmp_path / "out"],
+        "verify": [bundle, "--against", checkpoint],
+        "run": [bundle, "--prompt", "How many?"],
+    }[command]
+    code = "import sys; sys.modules[sys.argv[1]] = None; from edgevlm.cli import main; sys.exit(main(sys.argv[2:]))"
+    command_line = [sys.executable, "-c", code, package, command, *map(str, arguments)]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert extra in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,58 @@
+"""Scores: exact match by kind, and answers that need no picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from edgevlm.evaluate import Score, blind_answers, score_answers, score_scenes
+from edgevlm.scenes import KINDS, Question, heldout_questions
+from edgevlm.vlm import VLM
+
+
+def test_exact_match_by_kind() -> None:
+    count, size = Question("count", "How many?", "two"), Question("size", "How big?", "large")
+    score = score_answers([(count, "two"), (count, " two\n"), (count, "Two"), (count, "two cubes"), (size, "large")])
+    assert score == Score({"count": 2, "size": 1}, {"count": 4, "size": 1})
+    assert (score.percent("count"), score.percent("size"), score.percent()) == (50.0, 100.0, 60.0)
+
+
+def test_nothing_asked_is_no_score() -> None:
+    assert math.isnan(score_answers([]).percent())
+
+
+def test_right_answers_score_everything() -> None:
+    held = list(heldout_questions(16))
+    score = score_answers((question, question.answer) for _, question in held)
+    assert (score.percent(), score.asked) == (100.0, dict.fromkeys(KINDS, 2))
+
+
+def test_blind_answers_are_better_than_nothing_and_far_from_right() -> None:
+    held = list(heldout_questions(160))
+    blind = list(blind_answers(held, scenes=300))
+    assert [question for question, _ in blind] == [question for _, question in held]
+    assert blind == list(blind_answers(held, scenes=300))
+    score = score_answers(blind)
+    assert 20 < score.percent() < 65
+    assert score.percent("caption") < 20
+    yes_or_no = {answer for question, answer in blind if question.kind == "existence"}
+    assert yes_or_no <= {"yes", "no"}
+
+
+def test_a_model_is_asked_every_question_about_its_picture(bundle: Path) -> None:
+    """The random model knows nothing; what it is shown and asked is what counts here."""
+    vlm, asked, steps = VLM.load(bundle, threads=1), [], []
+    held = list(heldout_questions(8))
+    answers = {question.text: question.answer for _, question in held[::2]}
+
+    class Parrot:
+        def generate(self, text: str, **options: Any) -> Any:
+            reply = vlm.generate(text, images=options["images"], max_new_tokens=1)
+            asked.append((text, options["images"][0].size))
+            return type(reply)(answers.get(text, "?"), reply.tokens, reply.finish_reason, reply.timings)
+
+    score = score_scenes(Parrot(), held, side=64, step=lambda: steps.append(1))  # type: ignore[arg-type]
+    assert asked == [(question.text, (64, 64)) for _, question in held]
+    assert len(steps) == sum(score.asked.values()) == 8
+    assert sum(score.right.values()) == sum(question.answer == answers.get(question.text) for _, question in held) >= 4
