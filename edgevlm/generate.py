@@ -16,7 +16,8 @@ from .runtimes import PartSession, State
 
 __all__ = ["CHUNK", "Decoder", "PrefixCache", "Sampling", "choose_token"]
 
-#: Rows of a prompt that go through the decoder at once: what one prefill step needs is independent of the prompt.
+#: Rows of a prompt that go through the decoder at once. Activations do not grow with the prompt then; the attention scores of
+#: a chunk still grow with what is in the cache, by `CHUNK · heads` numbers a position, one layer at a time.
 CHUNK = 256
 #: Attention costs by capacity, not by fill, so the cache grows in steps of this many positions.
 STEP = 256

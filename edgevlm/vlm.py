@@ -72,7 +72,7 @@ class Reply:
     """An answer. `tokens` are the generated ids without the stop token.
 
     `finish_reason`: `stop` (the model ended it), `length` (`max_new_tokens`), `capacity` (the KV cache is full), `closed`
-    (the stream was closed before its end).
+    (the stream was closed before its end), `error` (it raised one).
     """
 
     text: str
@@ -173,6 +173,12 @@ class VLM:
             )
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
+        missing = [part for part in family_by_name(manifest.family).PARTS if part not in manifest.parts]
+        if missing:
+            raise ManifestError(
+                f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
+                "Export the checkpoint again."
+            )
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
         for name, part in manifest.parts.items():
@@ -237,8 +243,14 @@ class VLM:
 
         def pieces() -> Generator[Piece, None, None]:
             with self._turn():
-                features = [self._see(*picture, timings) for picture in zip(digests, known, arrays, strict=True)]
-                yield from self._decode(built, digests, features, sampling, timings, result, called)
+                try:
+                    features = [self._see(*picture, timings) for picture in zip(digests, known, arrays, strict=True)]
+                    for piece in self._decode(built, digests, features, sampling, timings, result, called):
+                        yield piece
+                        self._serving = threading.get_ident()  # a stream may be handed to another thread
+                except Exception:
+                    result["finish_reason"] = "error"
+                    raise
 
         return Stream(pieces(), result, timings)
 

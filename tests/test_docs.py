@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import runpy
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,13 +20,19 @@ def test_every_dependency_has_its_line() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
     names = {re.split(r"[\[<>=; ]", d)[0] for d in declared} - {"edgevlm"}
-    listed = set(re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8"), re.MULTILINE))
+    listed = set(
+        re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert names == listed
 
 
 def test_the_readme_names_every_file_of_the_package() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = [p.relative_to(ROOT / "edgevlm") for p in (ROOT / "edgevlm").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
+    files = [
+        p.relative_to(ROOT / "edgevlm")
+        for p in (ROOT / "edgevlm").rglob("*.py")
+        if p.name not in ("__init__.py", "__main__.py")
+    ]
     missing = [str(f) for f in files if f"`{f}`" not in readme]
     assert not missing
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgevlm import generate
@@ -41,14 +42,17 @@ class Draw(np.random.Generator):
     top_p=st.none() | st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
 )
 @settings(max_examples=200, deadline=None)
-def test_distribution_is_that_of_transformers(seed: int, spread: float, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_distribution_is_that_of_transformers(
+    seed: int, spread: float, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     logits = (np.random.default_rng(seed).standard_normal(64) * spread).astype(np.float32)
     draw = Draw()
     token = choose_token(logits, Sampling(temperature, top_p, top_k), draw)
     assert token in draw.distribution
     scores = torch.from_numpy(logits.astype(np.float64))[None]
     for wrapper in (
-        TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p else []),
+        TemperatureLogitsWarper(temperature),
+        *([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p else []),
     ):  # fmt: skip
         scores = wrapper(None, scores)
     expected = torch.softmax(scores, -1)[0].numpy()
@@ -59,7 +63,13 @@ def test_distribution_is_that_of_transformers(seed: int, spread: float, temperat
 
 def test_greedy_is_the_largest() -> None:
     logits = np.array([0.5, 3.0, -1.0, 3.0, 2.0], np.float32)
-    for sampling in (Sampling(), Sampling(temperature=0), Sampling(seed=3), Sampling(temperature=1.0, top_k=1), Sampling(1.0, top_p=1e-9)):
+    for sampling in (
+        Sampling(),
+        Sampling(temperature=0),
+        Sampling(seed=3),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(1.0, top_p=1e-9),
+    ):
         assert choose_token(logits, sampling, sampling.generator()) == 1, "the first of equals"
     for temperature in (1e-3, 1e-30, 1e-300, 5e-324):
         sampling = Sampling(temperature, seed=0)
@@ -71,7 +81,9 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     sampling = Sampling(temperature=1.0, seed=0)
     rng = sampling.generator()
-    counts = np.bincount([choose_token(np.log(probabilities).astype(np.float32), sampling, rng) for _ in range(4000)], minlength=4)
+    counts = np.bincount(
+        [choose_token(np.log(probabilities).astype(np.float32), sampling, rng) for _ in range(4000)], minlength=4
+    )
     np.testing.assert_allclose(counts / 4000, probabilities, atol=0.03)
 
 
@@ -210,7 +222,7 @@ def test_capacity(make_cache: Callable[[int], PrefixCache]) -> None:
     prefill(cache, QUESTION)
     for token in (5, 6):
         expected = cache.extend(token, row_of(token))
-    with pytest.raises(CapacityError, match="needs 19 positions; .* capacity of 18"):
+    with pytest.raises(CapacityError, match=r"needs 19 positions; .* capacity of 18"):
         cache.extend(7, row_of(7))
     # What is there is still right.
     assert cache.keys == [*QUESTION, 5, 6]

@@ -120,7 +120,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width, height", SIZES)
+@pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pixel_values_equal_hugging_face(name: str, width: int, height: int) -> None:
     kind, config = CONFIGS[name]
@@ -231,7 +231,7 @@ def test_own_configuration_of_hugging_face_is_the_default(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, name",
+    ("key", "name"),
     [
         ("image_processor_type", "CLIPImageProcessorFast"),
         ("image_processor_type", "CLIPImageProcessorPil"),
@@ -249,7 +249,7 @@ def test_unknown_type_is_refused(name: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, match",
+    ("config", "match"),
     [
         ({"size": {"longest_edge": 90}}, "size = .*longest_edge.*shortest_edge"),
         ({"size": {"min_pixels": 9, "max_pixels": 90}}, "size = "),
@@ -294,7 +294,7 @@ def test_size_is_known_where_it_does_not_depend_on_the_picture() -> None:
 # --- what is accepted -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, channels", [("L", ()), ("L", (1,)), ("RGB", (3,)), ("RGBA", (4,))])
+@pytest.mark.parametrize(("mode", "channels"), [("L", ()), ("L", (1,)), ("RGB", (3,)), ("RGBA", (4,))])
 def test_arrays(mode: str, channels: tuple[int, ...]) -> None:
     image = picture(9, 7, mode)
     array = np.asarray(image).reshape(7, 9, *channels)
@@ -340,7 +340,7 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    "array, match",
+    ("array", "match"),
     [
         (np.zeros((4, 4, 3), np.float32), "float32.*uint8"),
         (np.zeros((4, 4, 3), np.uint16), "uint16"),
@@ -455,7 +455,7 @@ def test_aspect_ratio_limit_is_inclusive() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, config, size, match",
+    ("kind", "config", "size", "match"),
     [
         (CLIP, {"size": 336, "crop_size": 336}, (1, 10_000), "resizing makes 336 x 3360000"),
         (LLAVA, {"do_pad": True}, (20_000, 2), "padding to a square makes 20000 x 20000"),
@@ -488,5 +488,5 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "drawing.eps"
     Image.new("RGB", (20, 20), "red").save(path)
-    with pytest.raises(ImageError, match="EPS.*save it as PNG"):
+    with pytest.raises(ImageError, match=r"EPS.*save it as PNG"):
         load_image(path)

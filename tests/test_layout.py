@@ -46,7 +46,9 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
             origin = ".".join(filter(None, [base, node.module]))
-            yield from (f"{origin}.{alias.name}" for alias in node.names) if origin == "edgevlm" or node.module is None else [origin]
+            yield from (
+                (f"{origin}.{alias.name}" for alias in node.names) if origin == "edgevlm" or node.module is None else [origin]
+            )
 
 
 def known_here(path: Path) -> set[str]:
@@ -70,7 +72,9 @@ def test_direction_of_imports(module: str) -> None:
         assert "cli" not in known
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in {"runtimes", "generate", "images", "prompt", "vlm", "bundle", "errors"}])
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.split(".")[0] in {"runtimes", "generate", "images", "prompt", "vlm", "bundle", "errors"}]
+)
 def test_robot_modules_name_no_workshop_package(module: str) -> None:
     heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes", "rich"}
     assert {name.split(".")[0] for name in imports(MODULES[module])} & heavy == set()
@@ -78,7 +82,9 @@ def test_robot_modules_name_no_workshop_package(module: str) -> None:
 
 def test_exports() -> None:
     public = {
-        name for name, value in vars(edgevlm).items() if not name.startswith("_") and getattr(value, "__module__", "").startswith("edgevlm")
+        name
+        for name, value in vars(edgevlm).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("edgevlm")
     }
     assert public | {"__version__"} == set(edgevlm.__all__)
     for module, path in MODULES.items():
@@ -105,7 +111,8 @@ from edgevlm import VLM
 
 vlm = VLM.load(sys.argv[1], capacity=256)
 reply = vlm.generate("How many cubes?", images=[np.zeros((40, 30, 3), np.uint8)], max_new_tokens=3)
-print(json.dumps({"tokens": len(reply.tokens), "reason": reply.finish_reason, "loaded": sorted({name.split(".")[0] for name in sys.modules})}))
+loaded = sorted({name.split(".")[0] for name in sys.modules})
+print(json.dumps({"tokens": len(reply.tokens), "reason": reply.finish_reason, "loaded": loaded}))
 """
 
 

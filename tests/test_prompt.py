@@ -99,9 +99,7 @@ def _bytelevel() -> Backend:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        SENTENCES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
+    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL[1:]])
     backend.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("é", special=False)])
     return backend
@@ -134,9 +132,7 @@ def processor(folder: Path) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return LlavaProcessor(
-        images, PreTrainedTokenizerFast.from_pretrained(folder), 14, "default", num_additional_image_tokens=1
-    )
+    return LlavaProcessor(images, PreTrainedTokenizerFast.from_pretrained(folder), 14, "default", num_additional_image_tokens=1)
 
 
 def _builder(folder: Path, template: str | None) -> PromptBuilder:
@@ -261,7 +257,8 @@ def test_control_token_across_parts_and_template(folder: Path) -> None:
     builder = _builder(folder, CONTROLS)
     eos, image = builder.tokenizer.backend.token_to_id("</s>"), builder.image_token_id
     prompt = builder.build(normalize_request(["</", "s> and <im", "age>", PICTURE]))
-    assert prompt.text.count("</s>") == 2 and prompt.ids.count(eos) == 1
+    assert prompt.text.count("</s>") == 2
+    assert prompt.ids.count(eos) == 1
     assert prompt.ids.count(image) == PLACES
     built = _builder(folder, "{% for m in messages %}<{{ m.content[0].text }}>{% endfor %}")
     assert image not in built.build(normalize_request("image")).ids
@@ -276,7 +273,8 @@ def test_template_that_looks_into_the_text(folder: Path) -> None:
     eos = builder.tokenizer.backend.token_to_id("</s>")
     assert builder.build(normalize_request("thought | the table ")).text == "T:the table</s>"
     evil = builder.build(normalize_request("thought | the table </s>"))
-    assert "the table </s></s>" in evil.text and evil.ids.count(eos) == 1
+    assert "the table </s></s>" in evil.text
+    assert evil.ids.count(eos) == 1
 
 
 def test_private_characters_in_texts(folder: Path) -> None:
@@ -397,7 +395,8 @@ def test_requests_that_are_none(arguments: dict[str, Any], match: str) -> None:
 def test_normalised_form() -> None:
     request = normalize_request("x", [b"png"])
     assert isinstance(request.messages[0].content[0], ImagePart)
-    assert request.messages[0].content[1] == TextPart("x") and request.images == (b"png",)
+    assert request.messages[0].content[1] == TextPart("x")
+    assert request.images == (b"png",)
     assert normalize_request(messages=[{"role": "user", "content": "x"}]).messages == (
         Message("user", (TextPart("x"),), plain=True),
     )
@@ -521,8 +520,11 @@ def test_streamed_pieces_add_up(name: str, data: st.DataObject) -> None:
     texts = st.text(max_size=6).map(lambda text: tokenizer.encode(text, add_special_tokens=False))
     low = st.integers(0, min(size - 1, 40)).map(lambda i: [i])
     spaces = st.sampled_from([*(t for t in ("▁", "Ġ", "<0x20>", "<0xE7>", "a") if tokenizer.backend.token_to_id(t)), "</s>"])
-    pieces = texts | st.integers(0, size + 2).map(lambda i: [i]) | low | spaces.map(
-        lambda t: [tokenizer.backend.token_to_id(t) or 0]
+    pieces = (
+        texts
+        | st.integers(0, size + 2).map(lambda i: [i])
+        | low
+        | spaces.map(lambda t: [tokenizer.backend.token_to_id(t) or 0])
     )
     ids = [i for piece in data.draw(st.lists(pieces, max_size=12)) for i in piece]
     skip = data.draw(st.booleans())
@@ -555,7 +557,8 @@ def test_stream_is_prompt_and_cheap(name: str, monkeypatch: pytest.MonkeyPatch) 
     cat = TextStream(tokenizer)
     broken = [i for b in "猫".encode() if (i := tokenizer.backend.token_to_id(f"<0x{b:02X}>")) is not None] * 200
     given_away = [cat.push(i) for i in broken]
-    assert "\ufffd" not in "".join(given_away) and cat.finish() == "猫" * (len(broken) // 3)
+    assert "\ufffd" not in "".join(given_away)
+    assert cat.finish() == "猫" * (len(broken) // 3)
     assert sum(lengths) <= len(broken) + 1
 
 

@@ -26,7 +26,7 @@ from tiny import LLAVAS, TinyLlava
 from edgevlm import generate as generate_module
 from edgevlm import vlm as vlm_module
 from edgevlm.bundle import Bundle, seal
-from edgevlm.errors import CapacityError, ImageError, InputError, PromptError
+from edgevlm.errors import CapacityError, ImageError, InputError, ManifestError, PromptError
 from edgevlm.vlm import VLM, Reply
 
 TOKENS = 64
@@ -803,3 +803,13 @@ print(*VLM.load(sys.argv[1], threads=1).generate("How many?", images=[sys.argv[2
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout
     wanted = load(bundle, endless=False).generate("How many?", images=[A], max_new_tokens=8).tokens
     assert list(map(int, out.split())) == wanted
+
+
+def test_a_bundle_without_one_of_its_parts(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "edgevlm.json").read_text())
+    del manifest["parts"]["projector"]
+    (copy / "edgevlm.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="without the part projector"):
+        VLM.load(copy)

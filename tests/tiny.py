@@ -104,16 +104,16 @@ def make_llava(folder: Path, tiny: TinyLlava, seed: int = 0) -> Path:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     tokenizer = tiny_tokenizer()
-    common = dict(num_hidden_layers=3, image_size=tiny.side, patch_size=tiny.patch, num_attention_heads=4)
+    common = {"num_hidden_layers": 3, "image_size": tiny.side, "patch_size": tiny.patch, "num_attention_heads": 4}
     if tiny.tower == "clip":
         vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, projection_dim=32, **common)
     else:
         vision = SiglipVisionConfig(hidden_size=32, intermediate_size=48, **common)
-    shared = dict(
-        vocab_size=len(tokenizer) + 3, hidden_size=tiny.hidden, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=tiny.heads, num_key_value_heads=tiny.kv_heads, max_position_embeddings=2048,
-        tie_word_embeddings=tiny.tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    shared = {
+        "vocab_size": len(tokenizer) + 3, "hidden_size": tiny.hidden, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": tiny.heads, "num_key_value_heads": tiny.kv_heads, "max_position_embeddings": 2048,
+        "tie_word_embeddings": tiny.tied, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
     shared |= tiny.text
     if tiny.decoder == "llama":
         text = LlamaConfig(head_dim=tiny.head_dim, attention_bias=tiny.bias, mlp_bias=tiny.bias, **shared)

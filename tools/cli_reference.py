@@ -1,6 +1,6 @@
 """Writes docs/cli.md from the command line's own help, so that the two cannot differ.
 
-    python tools/cli_reference.py            # or: make docs
+python tools/cli_reference.py            # or: make docs
 """
 
 from __future__ import annotations

@@ -483,9 +483,7 @@ class Trainer:
                 if (step + 1) % 50 == 0 or step + 1 == steps:
                     pace = (time.monotonic() - began) / (step + 1 - first)
                     left = pace * (steps - step - 1) / 60
-                    self.say(
-                        f"{stage.name} {step + 1}/{steps} loss {average:.4f} {pace:.2f} s/step, {left:.0f} min left"
-                    )
+                    self.say(f"{stage.name} {step + 1}/{steps} loss {average:.4f} {pace:.2f} s/step, {left:.0f} min left")
                 if stage.name != "vision" and stage.name != "language" and ((step + 1) % 500 == 0 or step + 1 == steps):
                     self.say(f"validation {json.dumps(self.score())}")
                 if (step + 1) % 250 == 0 or step + 1 == steps:

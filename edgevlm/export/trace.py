@@ -40,7 +40,7 @@ PARAMETER = "edgevlm.parameter"
 class FakeModel:
     """A transformers model whose parameters have no storage; `dtype` is what its graphs compute in."""
 
-    model: nn.Module
+    model: Any
     mode: FakeTensorMode
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter → its name in the model
 

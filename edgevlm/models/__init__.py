@@ -42,6 +42,7 @@ class Family(Protocol):
 
     ARCHITECTURES: tuple[str, ...]
     ALIASES: Mapping[str, str]
+    PARTS: tuple[str, ...]
 
     # the workshop
     def check_config(self, config: Mapping[str, Any]) -> None:

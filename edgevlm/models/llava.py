@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
 ALIASES = {"llava": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
 
+PARTS = ("vision_encoder", "projector", "embed_tokens", "decoder")
+
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 DECODERS = ("llama", "mistral", "qwen2")
 #: Rotary scalings whose angles do not depend on the length of the sequence.

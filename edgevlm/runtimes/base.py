@@ -42,7 +42,8 @@ class PartSession(ABC):
         """
         wanted = [name for name in self.part.inputs if state is None or name not in state.inputs]
         if set(feeds) != set(wanted):
-            raise BundleError(f"The part {self.name} takes the inputs {', '.join(wanted)}; it was given {', '.join(sorted(feeds)) or 'none'}.")
+            given = ", ".join(sorted(feeds)) or "none"
+            raise BundleError(f"The part {self.name} takes the inputs {', '.join(wanted)}; it was given {given}.")
         ready: dict[str, np.ndarray] = {}
         sizes: dict[str, int] = {}  # of the dimensions that have a name, which is one size in all inputs
         for name in wanted:

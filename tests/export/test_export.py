@@ -255,7 +255,9 @@ def expected_logits(model: Any, embeds: np.ndarray) -> np.ndarray:
     """transformers' logits `[S, vocabulary]` for one row `[S, hidden]`, without a cache."""
     torch_model = reference(model.checkpoint)
     with torch.no_grad():
-        hidden = torch_model.model.language_model(inputs_embeds=torch.from_numpy(embeds[None]), use_cache=False).last_hidden_state
+        hidden = torch_model.model.language_model(
+            inputs_embeds=torch.from_numpy(embeds[None]), use_cache=False
+        ).last_hidden_state
         return torch_model.lm_head(hidden)[0].numpy()
 
 
@@ -294,7 +296,9 @@ def test_ragged_batch_is_each_row_alone(model: Any) -> None:
     logits = decoder(padded, [0, 0], [length - 1 for length in lengths])
     for step in range(more):
         for i, length in enumerate(lengths):
-            np.testing.assert_allclose(logits[i], expected[i][length - 1 + step], atol=1e-4, rtol=0, err_msg=f"row {i}, step {step}")
+            np.testing.assert_allclose(
+                logits[i], expected[i][length - 1 + step], atol=1e-4, rtol=0, err_msg=f"row {i}, step {step}"
+            )
         places = [length + step for length in lengths]
         logits = decoder(np.stack([row[place][None] for row, place in zip(rows, places, strict=True)]), places, [0, 0])
 
@@ -345,7 +349,9 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_progress_is_told(llava: Ca
     stages: list[str] = []
     tensors: list[tuple[str, int, int, int]] = []
     model = llava("clip-llama")
-    bundle = export_bundle(str(model.checkpoint), tmp_path / "again", stage=stages.append, progress=lambda *t: tensors.append(t))
+    bundle = export_bundle(
+        str(model.checkpoint), tmp_path / "again", stage=stages.append, progress=lambda *t: tensors.append(t)
+    )
     assert digests(tmp_path / "again") == digests(model.bundle)
     assert [s for s in stages if s.startswith("writing")] == [f"writing {part}" for part in PARTS]
     assert [s for s in stages if s.startswith("tracing")] == [f"tracing {part}" for part in PARTS]

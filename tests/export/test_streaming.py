@@ -16,7 +16,15 @@ from safetensors.numpy import save_file
 from edgevlm import tensors
 from edgevlm.tensors import StoredTensor, column_blocks, read_safetensors_index
 
-SHAPES = {"matrix": (37, 11), "row": (1, 9), "column": (9, 1), "wide": (3, 200), "empty": (0, 4), "vector": (23,), "kernel": (6, 3, 5, 5)}
+SHAPES = {
+    "matrix": (37, 11),
+    "row": (1, 9),
+    "column": (9, 1),
+    "wide": (3, 200),
+    "empty": (0, 4),
+    "vector": (23,),
+    "kernel": (6, 3, 5, 5),
+}
 SOURCES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}
 
 

@@ -17,7 +17,8 @@ RULES = [
     {"parts": "decoder", "method": "int4"},
 ]
 EXPECTED = Recipe(
-    "mine", (Rule("int8", "decoder", "lm_head.*"), Rule("int4", "decoder", "*.self_attn.*", 64), Rule("int4", "decoder", "*", 32))
+    "mine",
+    (Rule("int8", "decoder", "lm_head.*"), Rule("int4", "decoder", "*.self_attn.*", 64), Rule("int4", "decoder", "*", 32)),
 )
 
 
@@ -39,9 +40,10 @@ def test_built_in_recipes() -> None:
     assert load_recipe(EXPECTED) is EXPECTED
     int4 = RECIPES["int4"]
     assert int4.rule_for("decoder", "language_model.layers.3.mlp.up_proj.weight") == Rule("int4", "decoder", "*", 32)
-    assert {int4.rule_for(part, w).method for part, w in [("decoder", "lm_head.weight"), ("vision_encoder", "x"), ("embed_tokens", "y")]} == {
-        "int8"
-    }
+    assert {
+        int4.rule_for(part, w).method
+        for part, w in [("decoder", "lm_head.weight"), ("vision_encoder", "x"), ("embed_tokens", "y")]
+    } == {"int8"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="no TOML before Python 3.11")
@@ -69,7 +71,14 @@ def test_names_that_stand_for_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("r.json", b"{"), ("r.json", b"\xff\xfe"), ("r.json", b"[" * 100_000), ("r.toml", b"rules = ["), ("r.toml", b'{"rules": []}'), ("r.txt", b"rules")],
+    [
+        ("r.json", b"{"),
+        ("r.json", b"\xff\xfe"),
+        ("r.json", b"[" * 100_000),
+        ("r.toml", b"rules = ["),
+        ("r.toml", b'{"rules": []}'),
+        ("r.txt", b"rules"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)

@@ -206,7 +206,9 @@ def run_plain(path: Path, outputs: list[str], feeds: dict[str, np.ndarray]) -> l
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("method", "block"), [("int8", 32), ("int4", 16), ("int4", 32), ("int4", 64)])
-def test_onnxruntime_reads_the_same_weights(tmp_path: Path, shape: tuple[int, int], dtype: type, method: str, block: int) -> None:
+def test_onnxruntime_reads_the_same_weights(
+    tmp_path: Path, shape: tuple[int, int], dtype: type, method: str, block: int
+) -> None:
     weight = weights(shape, dtype)
     model = graph_of(weight, "MatMul")
     quantize_graph(model, "decoder", Recipe("r", (Rule(method, block_size=block),)))

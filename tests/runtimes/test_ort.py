@@ -96,11 +96,17 @@ def test_grown_state_keeps_its_content(decoder: PartSession) -> None:
         (lambda f: f.pop("position_ids"), "takes the inputs inputs_embeds, position_ids, last_token_index"),
         (lambda f: f.update(input_ids=np.zeros((1, 3), np.int64)), "it was given input_ids, inputs_embeds"),
         (lambda f: f.clear(), "it was given none"),
-        (lambda f: f.update(inputs_embeds=np.zeros((1, 3, 63), np.float32)), r"takes 'inputs_embeds' as .*64\]; it was given \[1, 3, 63\]"),
+        (
+            lambda f: f.update(inputs_embeds=np.zeros((1, 3, 63), np.float32)),
+            r"takes 'inputs_embeds' as .*64\]; it was given \[1, 3, 63\]",
+        ),
         (lambda f: f.update(inputs_embeds=np.zeros((3, 64), np.float32)), r"'inputs_embeds' .* it was given \[3, 64\]"),
         (lambda f: f.update(position_ids=np.zeros((1, 2), np.int64)), r"'position_ids' .* it was given \[1, 2\]"),
         (lambda f: f.update(last_token_index=np.zeros(2, np.int64)), r"'last_token_index' .* it was given \[2\]"),
-        (lambda f: f.update({"past_key_values.0.key": np.zeros((1, 4, 16, 16), np.float32)}), "it was given .*past_key_values.0.key"),
+        (
+            lambda f: f.update({"past_key_values.0.key": np.zeros((1, 4, 16, 16), np.float32)}),
+            "it was given .*past_key_values.0.key",
+        ),
     ],
 )
 def test_wrong_feeds_are_refused(bundle: Path, change: Callable[[dict[str, Any]], object], said: str) -> None:
@@ -158,7 +164,9 @@ def test_unknown_backend(bundle: Path) -> None:
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine may have the GPU")
 def test_gpu_that_is_not_there(bundle: Path) -> None:
     part, path = Bundle.open(bundle, check_files=False).manifest.parts["projector"], bundle / "onnx" / "projector.onnx"
-    with pytest.raises(InputError, match=r"projector.*cuda: the installed onnxruntime has no CUDAExecutionProvider.*edgevlm\[gpu\]"):
+    with pytest.raises(
+        InputError, match=r"projector.*cuda: the installed onnxruntime has no CUDAExecutionProvider.*edgevlm\[gpu\]"
+    ):
         open_part(path, "projector", part, backend="cuda", threads=None)
     _, choice = open_part(path, "projector", part, backend=None, threads=None)
     assert choice.backend == "cpu"
@@ -170,7 +178,9 @@ def test_silent_fallback_is_noticed(bundle: Path, monkeypatch: pytest.MonkeyPatc
     cuda, part = BACKENDS["cuda"], Bundle.open(bundle, check_files=False).manifest.parts["projector"]
     path, session = bundle / "onnx" / "projector.onnx", ort.InferenceSession
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: session(model, options, ["CPUExecutionProvider"]))
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, options, providers: session(model, options, ["CPUExecutionProvider"])
+    )
     with pytest.raises(BackendUnavailable):
         cuda.open(path, "projector", part, None)
     with pytest.raises(InputError, match="could not start"):
