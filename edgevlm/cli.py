@@ -15,10 +15,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import __version__
 from .errors import EdgeVLMError, MissingDependencyError
+from .tables import make_console, print_parts, print_report
 
 __all__ = ["build_parser", "main"]
 
@@ -120,7 +120,7 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.model, arguments.output, dtype=arguments.dtype, recipe=arguments.quantize, force=arguments.force,
             progress=step, stage=stage,
         )  # fmt: skip
-    _print_parts(bundle)
+    print_parts(bundle, make_console())
     return 0
 
 
@@ -131,7 +131,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         bundle = quantize_bundle(
             arguments.bundle, arguments.output, arguments.recipe, force=arguments.force, progress=step, stage=stage
         )
-    _print_parts(bundle)
+    print_parts(bundle, make_console())
     return 0
 
 
@@ -143,7 +143,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        print_report(report)
+        print_report(report, make_console())
     return 1 if report.failures else 0
 
 
@@ -199,8 +199,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
 
     manifest = bundle.manifest
-    console = _console()
-    _print_parts(bundle, shapes=True)
+    console = make_console()
+    print_parts(bundle, make_console(), shapes=True)
     facts = {
         "family": manifest.family,
         "computes in": manifest.dtype,
@@ -233,14 +233,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     marks = {True: "[green]ok[/]", False: "[yellow]--[/]", None: ""}
     for finding in findings:
         table.add_row(marks[finding.ok], *map(escape, (finding.what, finding.found, finding.remedy)))
-    _console().print(table)
+    make_console().print(table)
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     with _extra("export"):
         from .demo import run_demo
-    run_demo(arguments.output, arguments.questions, _console())
+    run_demo(arguments.output, arguments.questions, make_console())
     return 0
 
 
@@ -274,16 +274,6 @@ def _extra(name: str) -> Iterator[None]:
         ) from exc
 
 
-def _console(stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    class PipedConsole(Console):
-        def on_broken_pipe(self) -> None:  # rich would exit with 1; `main` knows better
-            raise
-
-    return PipedConsole(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 140)
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int], None]]]:
     """A bar on stderr: what is being done, and over how many tensors it is through. In a log, a line for each stage."""
@@ -299,7 +289,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as bars:
         task = bars.add_task("starting", total=None, detail="")
 
         def stage(text: str) -> None:
@@ -309,70 +299,6 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
             bars.update(task, completed=done + 1, total=total, detail=f"{name} ({size / 1e6:.1f} MB)")
 
         yield stage, step
-
-
-def _print_parts(bundle: Any, *, shapes: bool = False) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", title=str(bundle.folder), title_justify="left")
-    for column in ("part", "nodes", "MB", "weights"):
-        table.add_column(column, justify="right" if column in ("nodes", "MB") else "left")
-    if shapes:
-        table.add_column("inputs → outputs", overflow="fold")
-    manifest = bundle.manifest
-    for name, part in manifest.parts.items():
-        weights = ", ".join(f"{dtype} {size / 1e6:,.2f}" for dtype, size in part.weights.items() if size >= 0.01 * part.size)
-        row = [name, str(part.nodes), f"{part.size / 1e6:,.2f}", weights]
-        if shapes:
-            row.append(escape(f"{_describe(part.inputs)} → {_describe(part.outputs)}"))
-        table.add_row(*row)
-    total = sum(part.size for part in manifest.parts.values())
-    table.add_row(
-        "[bold]all", str(sum(p.nodes for p in manifest.parts.values())), f"{total / 1e6:,.2f}", f"computes in {manifest.dtype}"
-    )
-    _console().print(table)
-
-
-def _describe(tensors: dict[str, Any]) -> str:
-    shown = [f"{n} {t.dtype}[{', '.join(map(str, t.shape))}]" for n, t in tensors.items() if "." not in n]
-    hidden = len(tensors) - len(shown)
-    return ", ".join(shown) + (f", {hidden} cache tensors" if hidden else "")
-
-
-def print_report(report: Any) -> None:
-    """The tables of `verify`."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = _console()
-    parts = Table(
-        box=None, pad_edge=False, header_style="bold", title=f"{report.bundle} against {report.against}", title_justify="left"
-    )
-    for column in ("part", "weights", "max abs diff", "largest value", "cosine", ""):
-        parts.add_column(column, justify="left" if column in ("part", "weights", "") else "right")
-    verdict = {True: "[green]ok[/]", False: "[red]MISSED[/]"}
-    for check in report.parts:
-        parts.add_row(
-            check.part, check.kind, f"{check.max_abs:.1e}", f"{check.peak:.2f}", f"{check.cosine:.6f}", verdict[check.passed]
-        )
-    cases = Table(box=None, pad_edge=False, header_style="bold", title="end to end", title_justify="left")
-    for column in ("case", "prompt", "max abs diff of logits", "cosine", "same choice", "equal greedy tokens", ""):
-        cases.add_column(column, justify="left" if column in ("case", "") else "right")
-    for case in report.sequences:
-        cases.add_row(
-            case.case, f"{case.prompt_tokens}", f"{case.max_abs:.1e}", f"{case.cosine:.6f}", f"{100 * case.top1:.1f} %",
-            f"{case.same_tokens} of {case.tokens}", verdict[case.passed],
-        )  # fmt: skip
-    console.print(parts, "", cases, "")
-    for note in report.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
-    if report.failures:
-        console.print(f"[red]missed:[/] {', '.join(report.failures)}")
-    elif report.kind in ("int8", "int4"):
-        console.print("Within the limits for quantized weights; the numbers are the drift from the float model.")
-    else:
-        console.print("All within the limits.")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, Bundle
-from .cli import print_report
 from .errors import OutputError
 from .evaluate import Score, blind_answers, score_answers, score_scenes
 from .export.export import export_bundle
 from .quant.quantize import quantize_bundle
 from .scenes import KINDS, heldout_questions, render_scene, sample_scene
+from .tables import print_report
 from .verify import verify_bundle
 from .vlm import VLM
 
@@ -39,7 +39,7 @@ def run_demo(output: Path, questions: int, console: Any) -> None:
 
     console.print("\n[bold]2. Verify[/] the float bundle against PyTorch")
     report = verify_bundle(folders["float"], MODEL)
-    print_report(report)
+    print_report(report, console)
 
     console.print("\n[bold]3. Ask[/] about a scene")
     picture = render_scene(sample_scene(SCENE), 336)

@@ -75,8 +75,9 @@ def export_bundle(
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a {name} model: {exc}.") from exc
     weights = {family.weight_name(key): entry for key, entry in checkpoint.weights.items()}
+    config: Any = fake.model.config
     try:
-        manifest = family.describe(checkpoint.folder, fake.model.config, DTYPES[dtype])
+        manifest = family.describe(checkpoint.folder, config, DTYPES[dtype])
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'tokenizer.json'} is damaged: {type(exc).__name__}: {exc}.") from exc
 
@@ -87,7 +88,7 @@ def export_bundle(
             stage(f"tracing {spec.name}")
             graph = trace_part(fake, spec)
             canonical_graph(graph)
-            bind_weights(graph, spec, family, weights, tied=fake.model.config.tie_word_embeddings)
+            bind_weights(graph, spec, family, weights, tied=config.tie_word_embeddings)
             if chosen:
                 quantize_graph(graph, spec.name, chosen)
             file = f"onnx/{spec.name}.onnx"

@@ -18,7 +18,10 @@ from ..bundle import Part
 from ..errors import BundleError, MissingDependencyError
 from .base import Backend, BackendUnavailable, PartSession, State
 
-__all__ = ["CPU", "CUDA"]
+__all__ = ["CPU", "CUDA", "OLDEST"]
+
+#: The first ONNX Runtime that runs a decoder, as (major, minor).
+OLDEST = (1, 25)
 
 
 def _onnxruntime() -> Any:
@@ -99,8 +102,11 @@ class _OnnxRuntime(Backend):
     device: str
 
     def unavailable(self) -> str | None:
-        available = _onnxruntime().get_available_providers()
-        if self.provider in available:
+        ort = _onnxruntime()
+        if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
+            wanted = ".".join(map(str, OLDEST))
+            return f"onnxruntime {ort.__version__} has no TensorScatter; {wanted} or newer is needed (`pip install -U onnxruntime`)"
+        if self.provider in ort.get_available_providers():
             return None
         return f"the installed onnxruntime has no {self.provider} (`pip install 'edgevlm[gpu]'` in place of `[cpu]`)"
 
