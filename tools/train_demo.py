@@ -1,4 +1,4 @@
-"""Trains the LLaVA that EdgeVLM ships: a CLIP tower, a two-layer MLP projector and a Llama decoder, 2.4 M parameters.
+"""Trains the LLaVA that EdgeVLM ships: a CLIP tower, a two-layer MLP projector and a Llama decoder, 2.2 M parameters.
 
     python tools/train_demo.py --work build/demo --output edgevlm/assets/demo/llava
 
@@ -12,7 +12,6 @@ something on their own, then the projector alone aligns them, then projector and
     tune      stage 2, projector and decoder, and at half their rate the tower, which keeps its patch labels as a
               second loss. (A frozen tower would be LLaVA to the letter; 72-pixel pictures leave the tower too little
               to have learnt from patch labels alone.)
-    polish    the same again, slower and with more of the questions that take two hops: relation, position, count.
 
 Seeded and resumable: every step draws its data from (seed, stage, step, rank), and a checkpoint is written every few
 hundred steps, so a run that was stopped goes on where it was. Two single-threaded processes with averaged gradients
@@ -77,7 +76,6 @@ class Stage:
     steps: int
     batch: int  # pictures (or written scenes) a step, over all processes
     rate: float
-    practice: float = 0.35  # share of questions drawn from the kinds that take two hops
 
 
 STAGES = (
@@ -85,7 +83,6 @@ STAGES = (
     Stage("language", 1300, 32, 1.5e-3),
     Stage("align", 300, 32, 1.5e-3),
     Stage("tune", 6200, 32, 1.2e-3),
-    Stage("polish", 1400, 32, 5e-4, 0.6),
 )
 QUESTIONS = 8  # a picture and step: they share the picture's tokens
 AUXILIARY = 0.3
@@ -267,7 +264,6 @@ class Dialogue:
         questions: int,
         written: bool,
         chained: bool,
-        practice: float = 0.0,
         fixed: list[list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[str]]]:
         """ids, positions, segments, labels `[B, S]`, and the kind of each question."""
@@ -287,7 +283,7 @@ class Dialogue:
             todo = list(fixed[number]) if fixed else []
             while len(asked) < (len(fixed[number]) if fixed else questions):
                 kind = KINDS[-1] if not asked else rng.choice(KINDS[:-1])
-                if not fixed and rng.random() < practice:
+                if not fixed and rng.random() < 0.35:  # two hops need the most practice
                     kind = rng.choice(("relation", "position", "count"))
                 question = todo.pop(0) if fixed else ask(scene, kind, rng)
                 if question is None:
@@ -388,10 +384,10 @@ class Trainer:
             return self.patch_loss(features, index) + self.list_loss(pooled, index)
         scenes = [self.pictures.scenes[i] for i in index]
         chained = rng.random() < 0.2
-        rows = self.dialogue.rows(scenes, rng, QUESTIONS, stage.name == "language", chained, stage.practice)
+        rows = self.dialogue.rows(scenes, rng, QUESTIONS, stage.name == "language", chained)
         features = None if stage.name == "language" else self.see(self.pictures, index)[0]
         loss = F.cross_entropy(*self.read(rows, features))
-        if stage.name in ("tune", "polish"):
+        if stage.name == "tune":
             loss = loss + AUXILIARY * self.patch_loss(features, index)
         return loss
 
@@ -404,7 +400,7 @@ class Trainer:
         for first in range(0, count, 50):
             index = np.arange(first, min(count, first + 50))
             scenes = [self.validation.scenes[i] for i in index]
-            rows = self.dialogue.rows(scenes, random.Random(0), 0, False, False, fixed=[ask_all(scene) for scene in scenes])
+            rows = self.dialogue.rows(scenes, random.Random(0), 0, False, False, [ask_all(scene) for scene in scenes])
             logits, targets = self.read(rows, self.see(self.validation, index)[0])
             hits = iter((logits.argmax(-1) == targets).tolist())
             where = rows[3] != -100
@@ -428,7 +424,7 @@ class Trainer:
                 ([*self.language.parameters(), *self.model.lm_head.parameters(), *self.projector.parameters()], 1.0),
                 (tower + heads, 0.5),
             ],
-        }[stage.name.replace("polish", "tune")]
+        }[stage.name]
         every = [*self.model.parameters(), *heads]
         for parameter in every:
             parameter.requires_grad_(False)
