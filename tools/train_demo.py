@@ -1,4 +1,4 @@
-"""Trains the LLaVA that EdgeVLM ships: a CLIP tower, a two-layer MLP projector and a Llama decoder, 2.2 M parameters.
+"""Trains the LLaVA that EdgeVLM ships: a CLIP tower, a two-layer MLP projector and a Llama decoder, 2.4 M parameters.
 
     python tools/train_demo.py --work build/demo --output edgevlm/assets/demo/llava
 
