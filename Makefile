@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # The tests run in two processes; each would otherwise start a thread for every core.
-export OMP_NUM_THREADS ?= 1
+test test-fast: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast lint docs clean
 
 demo: $(READY)
-	OMP_NUM_THREADS= $(BIN)/edgevlm demo
+	$(BIN)/edgevlm demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -21,8 +21,8 @@ from .vlm import VLM
 __all__ = ["run_demo"]
 
 MODEL = "demo/llava"
-SCENE = 11_000_012
-QUESTIONS = ("How many objects are there?", "Describe the scene.")
+SCENE = 11_000_067
+QUESTIONS = ("How many balls are there?", "Is the red ball left of the yellow star?", "Describe the scene.")
 
 
 def run_demo(output: Path, questions: int, console: Any) -> None:

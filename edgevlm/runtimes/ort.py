@@ -116,6 +116,9 @@ class _OnnxRuntime(Backend):
         options.log_severity_level = 3
         # As many as this process may use; ONNX Runtime itself counts the machine's.
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        # Each part has its own threads. Those that wait by spinning take the cores from the part whose turn it is, and from the
+        # robot's own program: see docs/benchmarks.md.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # 4: activations are quantized to int8 block by block; several times faster than 0 at about 0.5 % error.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
