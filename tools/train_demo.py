@@ -10,8 +10,8 @@ something on their own, then the projector alone aligns them, then projector and
     language  decoder alone: questions over scenes that are written out as text.
     align     stage 1, everything frozen but the projector: questions over pictures.
     tune      stage 2, projector and decoder, and at half their rate the tower, which keeps its patch labels as a
-              second loss. (A frozen tower would be LLaVA to the letter; 72-pixel pictures leave the tower too little
-              to have learnt from patch labels alone.)
+              second loss. (LLaVA freezes its tower, which 400 million pictures have taught; this one has seen
+              48,000.)
 
 Seeded and resumable: every step draws its data from (seed, stage, step, rank), and a checkpoint is written every few
 hundred steps, so a run that was stopped goes on where it was. Two single-threaded processes with averaged gradients
