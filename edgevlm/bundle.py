@@ -46,6 +46,8 @@ MANIFEST = "edgevlm.json"
 SCHEMA_VERSION = 1
 #: numpy's own errors of a short write have no number: https://github.com/numpy/numpy/issues/17589 and .../pull/28771
 _NUMPY_DISK_FULL = ("requested and", "Not enough free space")
+#: What a part's inputs and outputs may be.
+_DTYPES = ("float32", "float16", "bool", "int8", "uint8", "int32", "int64")
 #: Folders that may change after publishing.
 _UNHASHED = ("reports", "engines")
 
@@ -251,6 +253,11 @@ class Bundle:
 
     def _check(self, hashes: bool) -> None:
         for part in self.manifest.parts.values():
+            for name, info in (part.inputs | part.outputs).items():
+                if info.dtype not in _DTYPES:
+                    raise ManifestError(
+                        f"{self.folder / MANIFEST} gives {name!r} the dtype {info.dtype!r}; known are {', '.join(_DTYPES)}."
+                    )
             if part.file not in self.manifest.files:
                 raise ManifestError(f"{self.folder / MANIFEST} names the part file {part.file!r} without its hash.")
         for name, record in self.manifest.files.items():

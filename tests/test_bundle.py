@@ -419,3 +419,13 @@ def test_abandoned_folders_are_removed(tmp_path: Path, name: str) -> None:
         fill(folder)
     kept.remove(f".{name}.{gone.pid}.old")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
+
+
+def test_a_dtype_that_is_none(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["parts"]["projector"]["inputs"]["vision_features"]["dtype"] = "float33"
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="'vision_features' the dtype 'float33'"):
+        Bundle.open(copy)

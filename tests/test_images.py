@@ -120,12 +120,18 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "height"), SIZES)
-@pytest.mark.parametrize("name", CONFIGS)
+# Thin pictures are large ones after resizing; the small configurations cover them.
+_PAIRS = [
+    (name, *size)
+    for name in CONFIGS
+    for size in SIZES
+    if name not in ("clip", "clip-336", "siglip") or max(size) <= 10 * min(size)
+]
+
+
+@pytest.mark.parametrize(("name", "width", "height"), _PAIRS)
 def test_pixel_values_equal_hugging_face(name: str, width: int, height: int) -> None:
     kind, config = CONFIGS[name]
-    if name in ("clip", "clip-336", "siglip") and max(width, height) > 10 * min(width, height):
-        pytest.skip("the small configurations cover this shape")
     image = picture(width, height)
     ours = processor(kind, config)
     values = ours(load_image(image))

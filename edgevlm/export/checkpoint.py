@@ -66,7 +66,7 @@ def _find(model: str) -> tuple[Path, str]:
     known = aliases()
     hub_id = known.get(model, model)
     shipped = sorted(p.parent.relative_to(ASSETS).as_posix() for p in ASSETS.glob("*/*/config.json"))
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.startswith("demo/"):
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~", "demo/")):
         raise CheckpointNotFoundError(
             f"{model!r} is neither a folder here, nor an alias ({', '.join(sorted(known))}), nor a shipped model "
             f"({', '.join(shipped) or 'none'}), nor a Hub id (owner/name)."
@@ -80,8 +80,8 @@ def _download(model: str, hub_id: str) -> Path:
 
     asked = f"{model!r}" if model == hub_id else f"{model!r} (an alias of {hub_id})"
     remedy = (
-        f"Fetch it where there is network with `hf download {hub_id} --local-dir FOLDER`, copy the folder here, and pass the folder "
-        "as --model; or try the shipped model, `--model demo/llava`."
+        f"Fetch it where there is network with `hf download {hub_id} --local-dir FOLDER`, copy the folder here, and pass it as "
+        "--model; or try the shipped model, `--model demo/llava`."
     )
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED)))
@@ -117,7 +117,8 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
             raise WeightsError(
-                f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:4])}. Fetch the checkpoint again."
+                f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:4])}. "
+                "Fetch the checkpoint again."
             )
         weights: dict[str, WeightEntry] = {}
         for shard in shards:
@@ -126,9 +127,9 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise WeightsError(
-            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). Pickle files can run any code when they are read, "
-            "so EdgeVLM takes safetensors only. Convert them once, where you trust the file: load the model in transformers with "
-            "from_pretrained(FOLDER) and save it with save_pretrained(NEW_FOLDER), which writes safetensors."
+            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). Pickle files can run any code when they are "
+            "read, so EdgeVLM takes safetensors only. Convert them once, where you trust the file: load the model in "
+            "transformers with from_pretrained(FOLDER) and save it with save_pretrained(NEW_FOLDER), which writes safetensors."
         )
     raise WeightsError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json.")
 

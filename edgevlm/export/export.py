@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..bundle import Bundle, Manifest, Part, check_output, publish_bundle, seal
+from ..bundle import Bundle, Part, check_output, publish_bundle, seal
 from ..errors import CheckpointError, ExportError, UnsupportedModelError, WeightsError
 from ..graphs import Progress, part_record, save_graph
 from ..models import Family, PartSpec, family_for_config
@@ -97,7 +97,12 @@ def export_bundle(
             parts[spec.name] = part_record(graph, file)
         for companion in companions:
             shutil.copyfile(companion, folder / companion.name)
-        seal(folder, dataclasses.replace(manifest, parts=parts, recipe=chosen.to_dict() if chosen else None, provenance=_provenance(checkpoint)))
+        seal(
+            folder,
+            dataclasses.replace(
+                manifest, parts=parts, recipe=chosen.to_dict() if chosen else None, provenance=_provenance(checkpoint)
+            ),
+        )
     return Bundle.open(output, check_files=False)
 
 
@@ -122,19 +127,24 @@ def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[
                     f"The checkpoint has no weight {name!r}, which its configuration asks for in the part {spec.name}. "
                     "Its files are incomplete, or belong to another configuration."
                 )
-            assert value.shape is not None and value.dtype is not None
+            assert value.shape is not None
+            assert value.dtype is not None
             expected = tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
             stored = entry.shape[::-1] if transposed else entry.shape
             if stored != expected:
                 raise WeightsError(f"The weight {name!r} has the shape {list(stored)}; config.json asks for {list(expected)}.")
             if not entry.readable:
-                raise WeightsError(f"The weight {name!r} has the dtype {entry.dtype}; float32, float16 and bfloat16 can be read.")
+                raise WeightsError(
+                    f"The weight {name!r} has the dtype {entry.dtype}; float32, float16 and bfloat16 can be read."
+                )
             value.name = name if name not in graph.graph.initializers else f"{name}.transposed"
             value.const_value = StoredTensor(entry, value.dtype, value.name, transposed=transposed)
         graph.graph.register_initializer(value)
     foreign = {node.domain for node in graph.graph} - {""}
     if foreign:
-        raise ExportError(f"The part {spec.name} has operators of {', '.join(sorted(foreign))}; a bundle holds standard ones only.")
+        raise ExportError(
+            f"The part {spec.name} has operators of {', '.join(sorted(foreign))}; a bundle holds standard ones only."
+        )
 
 
 def _tied(name: str) -> str:
@@ -145,8 +155,8 @@ def _tied(name: str) -> str:
 def _require_companions(checkpoint: Checkpoint, present: set[str]) -> None:
     if "tokenizer.json" not in present:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json. Load its tokenizer in transformers (AutoTokenizer.from_pretrained) and save it "
-            "back with save_pretrained, which writes one."
+            f"{checkpoint.folder} has no tokenizer.json. Load its tokenizer in transformers (AutoTokenizer.from_pretrained) "
+            "and save it back with save_pretrained, which writes one."
         )
     if not present & {"preprocessor_config.json", "processor_config.json"}:
         raise CheckpointError(f"{checkpoint.folder} has neither preprocessor_config.json nor processor_config.json.")

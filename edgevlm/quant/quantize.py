@@ -44,7 +44,8 @@ def quantize_bundle(
     manifest = bundle.manifest
     if manifest.recipe is not None:
         raise RecipeError(
-            f"{source} is already quantized with the recipe {manifest.recipe.get('name')!r}. Quantize the float bundle it came from."
+            f"{source} is already quantized with the recipe {manifest.recipe.get('name')!r}. "
+            "Quantize the float bundle it came from."
         )
     with publish_bundle(output, force=force) as folder:
         graph_files = {name for part in manifest.parts.values() for name in (part.file, f"{part.file}_data")}

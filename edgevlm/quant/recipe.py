@@ -111,12 +111,16 @@ def _recipe_from(data: Any, path: Path) -> Recipe:
             raise RecipeError(f"{where} has no 'method'; it is one of {', '.join(METHODS)}.")
         unknown = sorted(set(entry) - set(Rule.__dataclass_fields__))
         if unknown:
-            raise RecipeError(f"{where} has unknown keys: {', '.join(unknown)}. Known are {', '.join(Rule.__dataclass_fields__)}.")
+            raise RecipeError(
+                f"{where} has unknown keys: {', '.join(unknown)}. Known are {', '.join(Rule.__dataclass_fields__)}."
+            )
         if entry["method"] not in METHODS:
             raise RecipeError(f"{where} has the method {entry['method']!r}; it is one of {', '.join(METHODS)}.")
         block = entry.get("block_size", 32)
         if not isinstance(block, int) or isinstance(block, bool) or block < 16 or block & (block - 1):
-            raise RecipeError(f"{where} has the block_size {block!r}; it is a power of two, 16 or more (TensorRT takes 32, 64, 128).")
+            raise RecipeError(
+                f"{where} has the block_size {block!r}; it is a power of two, 16 or more (TensorRT takes 32, 64, 128)."
+            )
         for pattern in ("parts", "weights"):
             if not isinstance(entry.get(pattern, "*"), str):
                 raise RecipeError(f"{where}: {pattern!r} is {entry[pattern]!r}; it is a shell pattern such as '*.mlp.*'.")

@@ -53,7 +53,9 @@ class PartSession(ABC):
                 for want, have in zip(info.shape, array.shape, strict=True)
             )
             if not fits:
-                raise BundleError(f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}.")
+                raise BundleError(
+                    f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}."
+                )
             ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
         return self._run(ready, state)
 

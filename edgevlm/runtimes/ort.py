@@ -29,8 +29,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as exc:
         raise MissingDependencyError(
-            "No runtime is installed. `pip install 'edgevlm[cpu]'` brings ONNX Runtime for the CPU, `pip install 'edgevlm[gpu]'` the "
-            "one for NVIDIA GPUs; install one of the two, not both."
+            "No runtime is installed. `pip install 'edgevlm[cpu]'` brings ONNX Runtime for the CPU, `pip install "
+            "'edgevlm[gpu]'` the one for NVIDIA GPUs; install one of the two, not both."
         ) from exc
     return onnxruntime
 
@@ -42,7 +42,8 @@ class _OrtState(State):
         infos = {name: session.part.inputs[name] for name in pairs}
         sizes = {"batch_size": batch, "capacity": capacity}
         self._arrays = {
-            name: np.zeros([sizes[d] if isinstance(d, str) else d for d in info.shape], info.dtype) for name, info in infos.items()
+            name: np.zeros([sizes[d] if isinstance(d, str) else d for d in info.shape], info.dtype)
+            for name, info in infos.items()
         }
         self._bind()
 
@@ -105,7 +106,7 @@ class _OnnxRuntime(Backend):
         ort = _onnxruntime()
         if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
             wanted = ".".join(map(str, OLDEST))
-            return f"onnxruntime {ort.__version__} has no TensorScatter; {wanted} or newer is needed (`pip install -U onnxruntime`)"
+            return f"onnxruntime {ort.__version__} has no TensorScatter: `pip install -U 'onnxruntime>={wanted}'`"
         if self.provider in ort.get_available_providers():
             return None
         return f"the installed onnxruntime has no {self.provider} (`pip install 'edgevlm[gpu]'` in place of `[cpu]`)"

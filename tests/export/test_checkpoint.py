@@ -391,7 +391,7 @@ def at_tensor(count):
     return {"progress": lambda *_: die() if seen.append(0) or len(seen) == count else None}
 
 random.seed()
-for moment in (at_stage("tracing projector"), at_tensor(1), at_tensor(random.randint(15, 35))):
+for moment in (at_stage("tracing projector"), at_tensor(1), at_tensor(random.randint(15, 30))):
     child = os.fork()
     if not child:
         export_bundle(checkpoint, output, **moment)

@@ -21,7 +21,9 @@ def run(model: ir.Model) -> None:
         if (node.domain, node.op_type) != ("edgevlm", "Linear"):
             continue
         x, weight, *bias = node.inputs
-        assert x is not None and weight is not None and weight.shape is not None
+        assert x is not None
+        assert weight is not None
+        assert weight.shape is not None
         matmul = ir.Node("", "MatMul", [x, _transposed(graph, weight)], name=node.name)
         _describe(matmul.outputs[0], node.outputs[0])
         new = [matmul]
@@ -41,7 +43,8 @@ def _describe(value: ir.Value, like: ir.Value) -> None:
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    assert weight.shape is not None and weight.name is not None
+    assert weight.shape is not None
+    assert weight.name is not None
     if all(use.node.op_type == "Linear" for use in weight.uses()) and TRANSPOSED not in weight.metadata_props:
         out, in_ = weight.shape
         weight.shape = ir.Shape([in_, out])
