@@ -116,11 +116,10 @@ def _extras() -> list[Finding]:
     findings = []
     for extra, modules in EXTRAS.items():
         missing = missing_modules(extra)
-        versions = ", ".join(f"{m} {_version(m)}" for m in modules if m not in missing)
+        found = ", ".join(f"{m} {_version(m)}" for m in modules if m not in missing)
+        found = "; ".join(filter(None, (found, missing and "missing: " + ", ".join(missing))))
         remedy = f"pip install 'edgevlm[{extra}]'" if missing else ""
-        findings.append(
-            Finding(f"extra {extra}", f"{versions}{'; missing: ' + ', '.join(missing) if missing else ''}", not missing, remedy)
-        )
+        findings.append(Finding(f"extra {extra}", found, not missing, remedy))
     both = [d for d in ("onnxruntime", "onnxruntime-gpu") if _version(d) != "?"]
     if len(both) == 2:
         findings.append(
