@@ -117,7 +117,8 @@ def _extras() -> list[Finding]:
     for extra, modules in EXTRAS.items():
         missing = missing_modules(extra)
         found = ", ".join(f"{m} {_version(m)}" for m in modules if m not in missing)
-        found = "; ".join(filter(None, (found, missing and "missing: " + ", ".join(missing))))
+        if missing:
+            found = f"{found}; missing: {', '.join(missing)}".removeprefix("; ")
         remedy = f"pip install 'edgevlm[{extra}]'" if missing else ""
         findings.append(Finding(f"extra {extra}", found, not missing, remedy))
     both = [d for d in ("onnxruntime", "onnxruntime-gpu") if _version(d) != "?"]
