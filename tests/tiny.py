@@ -58,6 +58,11 @@ LLAVAS = [
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}}),
     TinyLlava("linear-rope", text={"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    TinyLlava("yarn-rope", head_dim=24, text={"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}}),
+    TinyLlava("qwen2-some-layers-slide", decoder="qwen2", kv_heads=2, text={
+        "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
+    TinyLlava("siglip-three-layers", tower="siglip", layer=[0, -2, -1], strategy="full"),
 ]  # fmt: skip
 
 
