@@ -22,7 +22,7 @@ from .bundle import Bundle
 from .errors import CheckpointError
 from .export.checkpoint import open_checkpoint
 from .generate import Decoder
-from .models import family_by_name, family_for_config
+from .models import family_for_config
 from .prompt import Prompt, normalize_request
 from .scenes import render_scene, sample_scene
 from .vlm import VLM
@@ -127,8 +127,6 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
         raise CheckpointError(
             f"The bundle is of the family {bundle.manifest.family}, {against} of {name}; they cannot be compared."
         )
-    family_by_name(name)
-
     import torch
 
     from .reference import Reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_grown_state_keeps_its_content(decoder: PartSession) -> None:
     np.testing.assert_allclose(a, b, atol=2e-3 if decoder.part.inputs["inputs_embeds"].dtype == "float16" else 1e-5)
     empty = decoder.new_state(PAIRS, 2, 24)
     assert np.abs(decoder.run(step(9, 15, 2), empty)["logits"] - a).max() > 1e-2, "what was stored does not matter"
+
+
+def test_growing_does_not_hold_the_whole_state_twice(decoder: PartSession) -> None:
+    tracemalloc.start()
+    try:
+        state = decoder.new_state(PAIRS, 8, 2000)
+        whole, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        state.grow(2001)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert whole > 4e6, "the state is traced"
+    assert peak < 1.5 * whole  # one of its four tensors twice, not all of them
 
 
 @pytest.mark.parametrize(
