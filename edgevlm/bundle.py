@@ -32,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "Bundle",
+    "CrossAttention",
     "FileRecord",
     "ImageTokens",
     "KVCache",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 MANIFEST = "edgevlm.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: numpy's own errors of a short write have no number: https://github.com/numpy/numpy/issues/17589 and .../pull/28771
 _NUMPY_DISK_FULL = ("requested and", "Not enough free space")
 #: What a part's inputs and outputs may be.
@@ -91,8 +92,27 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """What the decoder reads beside its own sequence: `2 · layers` tensors `cross_key_values.N.key|value`,
+    `[batch, heads, cross_length, head_dim]`, which the part `cross_kv` makes.
+
+    `source` says of what: `images`, once a picture, `places` rows each; or `prompt`, once a prompt, one row a token.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+    source: str
+    places: int = 0
+
+
+@dataclass(frozen=True)
 class ImageTokens:
-    """The token that marks a picture's places, and how many places one picture takes."""
+    """The token that marks a picture's places, and how many places one picture takes in the prompt.
+
+    A checkpoint whose tokenizer has no such token has the token "" and the id -1.
+    """
 
     token: str
     token_id: int
@@ -107,7 +127,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`edgevlm.json`. `context_length` is the longest sequence that the model was made for, in tokens."""
+    """`edgevlm.json`. `context_length` is the longest sequence that the model was made for, in tokens.
+
+    `decoder_start_id` is the token that a decoder begins with whose prompt went into an encoder. `instruction_length` is
+    the longest instruction, in tokens of its own tokenizer, that shapes what is seen in a picture.
+    """
 
     family: str
     dtype: str
@@ -116,6 +140,9 @@ class Manifest:
     hidden_size: int
     vocab_size: int
     image: ImageTokens
+    cross_attention: CrossAttention | None = None
+    decoder_start_id: int | None = None
+    instruction_length: int | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +161,7 @@ class Manifest:
             raise ManifestError(f"{where} is not JSON: {exc}. The bundle is damaged; export it again.") from exc
         if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
             raise ManifestError(f"{where} has no 'schema_version'; it is not the manifest of a bundle.")
-        if data["schema_version"] != SCHEMA_VERSION:
+        if data["schema_version"] is not True and data["schema_version"] != SCHEMA_VERSION:
             newer = data["schema_version"] > SCHEMA_VERSION
             remedy = "Update EdgeVLM." if newer else "Export the checkpoint again."
             raise ManifestError(

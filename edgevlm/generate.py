@@ -5,14 +5,14 @@ It knows token ids and embeddings; nothing of text, pictures or families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .bundle import KVCache
+from .bundle import CrossAttention, KVCache
 from .errors import CapacityError, InputError
-from .runtimes import PartSession, State
+from .runtimes import Memory, PartSession, State
 
 __all__ = ["CHUNK", "Decoder", "PrefixCache", "Sampling", "choose_token"]
 
@@ -24,21 +24,58 @@ STEP = 256
 
 
 class Decoder:
-    """The decoder part with a KV cache for `batch` sequences that grows up to `capacity` positions."""
+    """The decoder part with a KV cache for `batch` sequences that grows up to `capacity` positions.
 
-    def __init__(self, session: PartSession, kv: KVCache, capacity: int, batch: int = 1) -> None:
-        self.capacity, self._session = capacity, session
+    With `cross`, it also reads what `remember` was given last.
+    """
+
+    def __init__(
+        self, session: PartSession, kv: KVCache, capacity: int, batch: int = 1, cross: CrossAttention | None = None
+    ) -> None:
+        self.capacity, self._session, self._batch, self._cross = capacity, session, batch, cross
         pairs = {
             f"past_key_values.{layer}.{which}": f"present.{layer}.{which}"
             for layer in range(kv.layers)
             for which in ("key", "value")
         }
         self._state: State = session.new_state(pairs, batch, min(STEP, capacity))
+        self._memory: Memory | None = None
+        self._blocks: list[tuple[Hashable, int]] = []  # what the memory holds, and how many rows of each
+        if cross:
+            names = [f"cross_key_values.{layer}.{which}" for layer in range(cross.layers) for which in ("key", "value")]
+            self._memory = session.new_memory(names, batch)
 
-    def forward(self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray) -> np.ndarray:
+    @property
+    def cross_length(self) -> int:
+        """Rows that cross-attention can see, 0 without."""
+        return sum(rows for _, rows in self._blocks)
+
+    def remember(self, blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]]) -> int:
+        """Makes these blocks of keys and values, in this order, what cross-attention reads.
+
+        Each has a key that stands for its content, and is made (tensors `[B, H, rows, D]`) only where it is not there
+        already: what a new list has in common with the beginning of the last one stays as it is. Returns how many were made.
+        """
+        if self._memory is None:
+            return 0
+        kept = 0
+        while kept < min(len(blocks), len(self._blocks)) and blocks[kept][0] == self._blocks[kept][0]:
+            kept += 1
+        made = [(key, make()) for key, make in blocks[kept:]]
+        del self._blocks[kept:]
+        self._memory.truncate(self.cross_length)
+        if made:
+            self._memory.append({n: np.concatenate([tensors[n] for _, tensors in made], 2) for n in self._memory.inputs})
+        self._blocks += [(key, next(iter(tensors.values())).shape[2]) for key, tensors in made]
+        return len(made)
+
+    def forward(
+        self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray, visible: np.ndarray | None = None
+    ) -> np.ndarray:
         """Writes rows `[B, S, hidden]` at positions `start[b]`… and returns the logits `[B, vocabulary]` of row `last[b]`.
 
-        Rows behind `last[b]` are padding: they are overwritten before anything looks at them.
+        `visible`, bool `[B, S, cross_length]`, says what each row sees through cross-attention. Rows behind `last[b]` are
+        padding: they are overwritten before anything looks at them.
         """
         length = embeds.shape[1]
         self._reserve(int(start.max()) + length)
@@ -47,7 +84,13 @@ class Decoder:
             "position_ids": start[:, None] + np.arange(length)[None],
             "last_token_index": last,
         }
-        return self._session.run(feeds, self._state)["logits"][:, 0].astype(np.float32)
+        if self._cross is not None and self._memory is not None:
+            if not self._memory.length:  # an operator wants at least one row, if only to look away from it
+                shape = (self._batch, self._cross.heads, 1, self._cross.head_dim)
+                self._memory.append(dict.fromkeys(self._memory.inputs, np.zeros(shape, self._cross.dtype)))
+            blind = np.zeros((*embeds.shape[:2], 1), bool)
+            feeds["cross_attention_mask"] = visible if visible is not None and visible.shape[2] else blind
+        return self._session.run(feeds, self._state, self._memory)["logits"][:, 0].astype(np.float32)
 
     def _reserve(self, positions: int) -> None:
         if positions > self.capacity:
@@ -69,10 +112,13 @@ class PrefixCache:
         self.decoder = decoder
         self.keys: list[Hashable] = []
 
-    def prefill(self, keys: Sequence[Hashable], embed: Callable[[int, int], np.ndarray]) -> tuple[np.ndarray, int]:
+    def prefill(
+        self, keys: Sequence[Hashable], embed: Callable[[int, int], np.ndarray], visible: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
         """Logits `[vocabulary]` behind the last key, and how many positions were reused.
 
-        `embed(first, end)` gives the embeddings `[end - first, hidden]` of the prompt's rows.
+        `embed(first, end)` gives the embeddings `[end - first, hidden]` of the prompt's rows, `visible`, bool
+        `[positions, cross_length]`, what each sees through cross-attention.
         """
         reused = 0
         # The last row is always computed: its logits are what is asked for.
@@ -83,13 +129,15 @@ class PrefixCache:
         for first in range(reused, len(keys), CHUNK):
             end = min(first + CHUNK, len(keys))
             rows = embed(first, end)[None]
-            logits = self.decoder.forward(rows, np.array([first]), np.array([end - first - 1]))[0]
+            seen = None if visible is None else visible[None, first:end]
+            logits = self.decoder.forward(rows, np.array([first]), np.array([end - first - 1]), seen)[0]
             self.keys.extend(keys[first:end])
         return logits, reused
 
-    def extend(self, key: Hashable, row: np.ndarray) -> np.ndarray:
-        """One more position, `[hidden]`, and the logits behind it."""
-        logits = self.decoder.forward(row[None, None], np.array([len(self.keys)]), np.array([0]))[0]
+    def extend(self, key: Hashable, row: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
+        """One more position, `[hidden]`, and the logits behind it; it sees `visible`, bool `[cross_length]`."""
+        seen = None if visible is None else visible[None, None]
+        logits = self.decoder.forward(row[None, None], np.array([len(self.keys)]), np.array([0]), seen)[0]
         self.keys.append(key)
         return logits
 

@@ -161,6 +161,11 @@ class ImageProcessor:
         for key in ("pad_size", "use_square_size"):
             if option.get(key):
                 raise UnsupportedModelError(f"{kind}: {key} = {option[key]!r} is not covered; remove it or set it to null")
+        if kind == "IdeficsImageProcessor":
+            if option["image_num_channels"] not in (None, 3):
+                raise UnsupportedModelError(f"{kind}: image_num_channels = {option['image_num_channels']!r}; needed: 3")
+            if option.get("image_size") is not None:  # goes before size
+                option["size"] = {"height": option["image_size"], "width": option["image_size"]}
 
         pad_colour = None
         # The other types pad the pictures of a batch to one size, which changes nothing for a single picture.
@@ -371,8 +376,18 @@ _CLIP: Mapping[str, Any] = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+_BLIP: Mapping[str, Any] = {
+    **_VIT,
+    "do_convert_rgb": True,
+    "size": {"height": 384, "width": 384},
+    "resample": 3,
+    "image_mean": _CLIP["image_mean"],
+    "image_std": _CLIP["image_std"],
+}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "BlipImageProcessor": _BLIP,
     "CLIPImageProcessor": _CLIP,
+    "IdeficsImageProcessor": {**_BLIP, "size": {"height": 224, "width": 224}, "image_num_channels": 3},
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
     "ViTImageProcessor": _VIT,

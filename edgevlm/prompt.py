@@ -19,7 +19,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -83,11 +83,19 @@ class Request:
 
     messages: tuple[Message, ...]
     prompt: str | None = None
+    listed: bool = False
+    """Given as a list of pictures and strings."""
 
     @property
     def images(self) -> tuple[object, ...]:
         """The pictures in the order of their places."""
         return tuple(part.image for message in self.messages for part in message.content if isinstance(part, ImagePart))
+
+    def without_images(self) -> Request:
+        """The same texts, for models whose pictures have their places apart from the text."""
+        kept = (tuple(part for part in message.content if isinstance(part, TextPart)) for message in self.messages)
+        messages = tuple(replace(message, content=content) for message, content in zip(self.messages, kept, strict=True))
+        return replace(self, messages=messages)
 
 
 def normalize_request(
@@ -120,7 +128,7 @@ def normalize_request(
     if images is not None:
         raise PromptError("prompt is a list, which holds its pictures itself: leave images= out, or give prompt as a string")
     parts = [TextPart(p) if isinstance(p, str) else _picture(f"prompt[{i}]", p) for i, p in enumerate(prompt)]
-    return Request((Message("user", tuple(parts)),))
+    return Request((Message("user", tuple(parts)),), listed=True)
 
 
 def _message(where: str, message: object) -> Message:
@@ -350,6 +358,12 @@ class Tokenizer:
         """Text of `ids`; ids that the tokenizer does not have are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def id_of(self, name: str) -> int | None:
+        """The id of `bos_token`, `eos_token`, … or None."""
+        text = self.names.get(name)
+        found = self.backend.token_to_id(text) if text else None
+        return None if found is None else int(found)
+
     def control_tokens(self, source: str = "") -> dict[str, int]:
         """The tokens that steer a model: all special ones, and added ones that the template `source` writes.
 
@@ -369,20 +383,25 @@ class Tokenizer:
 class Prompt:
     """What goes into the model: ids with the image token repeated, and (start, length) of each picture in order.
 
-    `text` is the prompt as written, with one image token per picture.
+    `text` is the prompt as written, with one image token per picture. `sees` says for each token which picture it looks
+    at through cross-attention, -1 for none; None where pictures enter as embeddings. `instruction` are the ids of
+    the instruction for models that look at a picture with it in mind.
     """
 
     ids: list[int]
     places: tuple[tuple[int, int], ...]
     text: str
+    sees: tuple[int, ...] | None = None
+    instruction: tuple[int, ...] = ()
 
 
 @dataclass
 class PromptBuilder:
     """Ties template, tokenizer and image token together.
 
-    `tokens_per_image` gives the number of places that picture number i takes. Raises `ManifestError` where the
-    tokenizer has another id for `image_token`, or none.
+    `tokens_per_image` gives the number of places that picture number i takes. `instruction` is the tokenizer of the part
+    that reads the instruction beside the picture, where there is one. Raises `ManifestError` where the tokenizer has
+    another id for `image_token`, or none; the id -1 says that there is no such token.
     """
 
     tokenizer: Tokenizer
@@ -390,17 +409,20 @@ class PromptBuilder:
     image_token: str
     image_token_id: int
     tokens_per_image: Callable[[int], int]
+    instruction: Tokenizer | None = None
     _control: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         found = self.tokenizer.backend.token_to_id(self.image_token)
-        if found != self.image_token_id:
+        if found != self.image_token_id and self.image_token_id >= 0:
             raise ManifestError(
                 f"the image token {self.image_token!r} is declared with id {self.image_token_id}, tokenizer.json has "
                 f"{'no such token' if found is None else f'id {found}'}; export the checkpoint again"
             )
         source = self.template.source if self.template else ""
-        self._control = {**self.tokenizer.control_tokens(source), self.image_token: self.image_token_id}
+        self._control = self.tokenizer.control_tokens(source)
+        if self.image_token_id >= 0:
+            self._control[self.image_token] = self.image_token_id
 
     def build(self, request: Request, *, raw: bool = False, add_generation_prompt: bool = True) -> Prompt:
         """Ids and places for `request`.
@@ -412,16 +434,27 @@ class PromptBuilder:
         Raises `PromptError` where places and pictures differ in number, where the template fails, and where text of a
         message cannot be kept apart from control tokens.
         """
+        text, ids = self.encode(request, raw=raw, add_generation_prompt=add_generation_prompt)
+        return self.expand(text, ids, len(request.images))
+
+    def with_template(self, template: ChatTemplate) -> PromptBuilder:
+        """The same with another chat template."""
+        return replace(self, template=template)
+
+    def knows(self, token: str) -> bool:
+        """Whether the tokenizer has a special token of this text."""
+        return token in self.tokenizer.control_tokens()
+
+    def encode(self, request: Request, *, raw: bool = False, add_generation_prompt: bool = True) -> tuple[str, list[int]]:
+        """The prompt as text and as ids, each picture one image token; see `build`."""
         if raw or self.template is None:
             text = self._raw_text(request)
-            ids = self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text))
-        else:
-            text, ids = self._chat(self.template, request.messages, add_generation_prompt)
-        return self._expanded(text, ids, len(request.images))
+            return text, self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text))
+        return self._chat(self.template, request.messages, add_generation_prompt)
 
     def _raw_text(self, request: Request) -> str:
         if request.prompt is not None:
-            if self.image_token in request.prompt:
+            if self.image_token and self.image_token in request.prompt:
                 return request.prompt
             return f"{self.image_token}\n" * len(request.images) + request.prompt
         if len(request.messages) != 1 or request.messages[0].plain or request.messages[0].role != "user":
@@ -501,7 +534,8 @@ class PromptBuilder:
         ids = {token: twin.token_to_id(alias) for token, alias in aliases.items()}
         return twin, aliases, {index: self._control[token] for token, index in ids.items() if index is not None}
 
-    def _expanded(self, text: str, ids: list[int], pictures: int) -> Prompt:
+    def expand(self, text: str, ids: list[int], pictures: int) -> Prompt:
+        """Every image token becomes the places of its picture. Raises `PromptError` where their numbers differ."""
         count = ids.count(self.image_token_id)
         if count != pictures:
             raise PromptError(

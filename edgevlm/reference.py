@@ -1,4 +1,4 @@
-"""The PyTorch model that a bundle is compared with: transformers, float32, on the CPU, untouched.
+"""The PyTorch model that a bundle is compared with: as its family publishes it, float32, on the CPU, untouched.
 
 Needs the `export` extra. It knows nothing of bundles.
 """
@@ -6,21 +6,26 @@ Needs the `export` extra. It knows nothing of bundles.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
+
+from .models import Family, PartSpec
+from .prompt import Prompt, Request
 
 __all__ = ["Reference"]
 
 
 class Reference:
-    """A checkpoint loaded by transformers."""
+    """A checkpoint loaded by the family's own torch code."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: Path, family: Family) -> None:
+        self._family = family
+        self.model = family.load_reference(folder).eval()
         self.no_processor = ""
         try:
             self.processor = AutoProcessor.from_pretrained(folder)
@@ -29,32 +34,35 @@ class Reference:
         std = getattr(getattr(self.processor, "image_processor", None), "image_std", None) or [1.0]
         # One step of eight bits, in the units of the normalised picture.
         self.pixel_tolerance = 1 / 255 / float(np.min(std)) + 1e-6
+        for module in self.model.modules():  # the language model inside may have one of its own
+            if getattr(module, "generation_config", None) is not None:
+                module.generation_config = _greedy(module.generation_config)
 
-    def process(self, text: str, pictures: list[Any]) -> tuple[list[int], np.ndarray]:
-        """Token ids and pixel values `[pictures, 3, H, W]` for a rendered prompt."""
-        batch = self.processor(text=text, images=pictures or None, return_tensors="pt")
-        pixels = batch["pixel_values"].numpy() if pictures else np.empty((0, 3, 1, 1), np.float32)
-        return batch["input_ids"][0].tolist(), pixels
+    def process(self, request: Request, text: str) -> Mapping[str, np.ndarray]:
+        """See `Family.process`. Raises ValueError where this processor cannot be compared with."""
+        return self._family.process(self.processor, request, text)
 
-    def run_module(self, module: torch.nn.Module, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        """The first result of a part's module."""
-        count = len(inspect.signature(module.forward).parameters)
+    def run_part(self, spec: PartSpec, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A part's outputs, by its module."""
+        count = len(inspect.signature(spec.module.forward).parameters)
         with torch.no_grad():
-            out = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in list(feeds.values())[:count]))
-        return np.asarray(out.numpy())
+            arguments = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in spec.inputs]
+            out = spec.module(*arguments[:count])
+        outputs = out if isinstance(out, tuple) else (out,)
+        return {name: np.asarray(value.numpy()) for name, value in zip(spec.outputs, outputs, strict=True)}
 
-    def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Logits `[vocabulary]` behind embeddings `[S, hidden]`."""
+    def generate(self, prompt: Prompt, pixel_values: np.ndarray, tokens: int) -> np.ndarray:
+        """Logits `[tokens, vocabulary]` before each of the greedy tokens, which are their largest; it does not stop at an
+        end token."""
         with torch.no_grad():
-            hidden = self.model.model.language_model(inputs_embeds=torch.from_numpy(rows[None])).last_hidden_state
-            return np.asarray(self.model.lm_head(hidden[0, -1]).numpy())
+            out = self.model.generate(
+                **self._family.reference_inputs(self.model, prompt, pixel_values), max_new_tokens=tokens, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        return np.asarray(torch.stack(out.logits)[:, 0].float().numpy())
 
-    def generate(self, ids: list[int], pixel_values: np.ndarray, tokens: int) -> tuple[list[int], np.ndarray]:
-        """Greedy tokens, not stopping at the end token, and the logits before each, `[tokens, vocabulary]`."""
-        pixels = {"pixel_values": torch.from_numpy(pixel_values)} if len(pixel_values) else {}
-        out = self.model.generate(
-            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **pixels,
-            max_new_tokens=tokens, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True,
-            temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-        )  # fmt: skip
-        return out.sequences[0, len(ids) :].tolist(), torch.stack(out.logits)[:, 0].float().numpy()
+
+def _greedy(config: Any) -> GenerationConfig:
+    """Nothing that would change the model's own choice, and no end."""
+    kept = {name: getattr(config, name, None) for name in ("bos_token_id", "pad_token_id", "decoder_start_token_id")}
+    return GenerationConfig(eos_token_id=None, **{**kept, "pad_token_id": kept["pad_token_id"] or 0})

@@ -11,21 +11,24 @@ limits there only catch what is broken, not what is lossy: `reports/parity.json`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bundle import Bundle
-from .errors import CheckpointError
+from .bundle import Bundle, CrossAttention
+from .errors import CheckpointError, PromptError
 from .export.checkpoint import open_checkpoint
 from .generate import Decoder
-from .models import family_for_config
+from .models import Family, family_for_config
 from .prompt import Prompt, normalize_request
 from .scenes import render_scene, sample_scene
-from .vlm import VLM
+from .vlm import VLM, Timings, View
+
+if TYPE_CHECKING:
+    from .reference import Reference
 
 __all__ = ["LIMITS", "Limit", "PartCheck", "Report", "SequenceCheck", "verify_bundle"]
 
@@ -105,14 +108,22 @@ class Report:
         return asdict(self) | {"passed": not self.failures, "failures": self.failures}
 
 
-def _cases() -> Iterator[tuple[str, list[Any], str]]:
-    """Name, pictures (odd sizes among them) and question."""
+def _cases(fewest: int, most: int | None) -> Iterator[tuple[str, list[Any]]]:
+    """Name, and pictures (odd sizes among them) and texts in their order, with as many pictures as the family takes."""
     pictures = [render_scene(sample_scene(20_000_000 + i), 160) for i in range(3)]
-    yield "one picture", [pictures[0]], "Describe the scene."
-    yield "wide picture", [pictures[1].resize((211, 97))], "How many objects are there?"
-    yield "two pictures", [pictures[0], pictures[2].resize((61, 130))], "What changed?"
-    yield "no picture", [], "Is there a red cube?"
-    yield "long prompt", [pictures[2]], "Where is the large green ball? " * 12
+    wide, tall = pictures[1].resize((211, 97)), pictures[2].resize((61, 130))
+    cases = [
+        ("one picture", [pictures[0], "Describe the scene."]),
+        ("wide picture", [wide, "How many objects are there?"]),
+        ("two pictures", [pictures[0], tall, "What changed?"]),
+        ("no picture", ["Is there a red cube?"]),
+        ("interleaved", ["First a text.", pictures[1], "This is a scene.", tall, wide, "And these?"]),
+        ("short prompt", [pictures[1], "What?"]),
+        *((f"long prompt, {n} times", [pictures[2], "Where is the large green ball? " * n]) for n in (12, 6, 2)),
+    ]
+    for name, items in cases:
+        if fewest <= sum(not isinstance(item, str) for item in items) <= (len(items) if most is None else most):
+            yield name, items
 
 
 def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], None] = lambda _: None) -> Report:
@@ -127,14 +138,12 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
         raise CheckpointError(
             f"The bundle is of the family {bundle.manifest.family}, {against} of {name}; they cannot be compared."
         )
-    import torch
-
     from .reference import Reference
 
     stage("loading the PyTorch model")
-    reference = Reference(checkpoint.folder)
+    reference = Reference(checkpoint.folder, family)
     theirs, ours = family.describe(checkpoint.folder, reference.model.config, bundle.manifest.dtype), bundle.manifest
-    if any(getattr(theirs, what) != getattr(ours, what) for what in ("vocab_size", "hidden_size", "kv_cache", "image")):
+    if any(getattr(theirs, what) != getattr(ours, what) for what in ("vocab_size", "hidden_size", "kv_cache", "cross_attention", "image")):
         raise CheckpointError(
             f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from."
         )
@@ -145,20 +154,30 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
 
     if reference.no_processor:
         report.notes.append(f"preprocessing was not compared, transformers cannot load the processor: {reference.no_processor}")
-    with torch.no_grad():
-        prompts: list[_Prompt] = []
-        for case, pictures, question in _cases():
-            stage(f"preprocessing: {case}")
-            prompt, differences = _prepare(vlm, reference, case, pictures, question)
+    prompts: list[_Prompt] = []
+    for case, items in _cases(*family.PICTURES):
+        stage(f"preprocessing: {case}")
+        if prompts and "long" in case and "long" in prompts[-1].case:
+            continue
+        try:
+            prompt = _prepare(vlm, reference, case, items, report)
+            too_long = len(prompt.built.ids) + TOKENS > bundle.manifest.context_length
+        except PromptError as exc:
+            report.notes.append(f"{case!r} was left out: {exc}")
+            continue
+        if too_long:
+            report.notes.append(f"{case!r} was left out: it and {TOKENS} tokens are longer than the model's context")
+        else:
             prompts.append(prompt)
-            report.preprocessing += differences
-        stage("parts")
-        _check_parts(vlm, family, reference, prompts, kinds, report)
-        for prompt in prompts:
-            stage(f"end to end: {prompt.case}")
-            _check_sequence(vlm, reference, prompt, LIMITS[worst], report)
-        stage("end to end: ragged batch")
-        _check_batch(vlm, prompts[1], prompts[3], LIMITS[worst], report)
+    if len(prompts) < 2:
+        raise CheckpointError(f"{against} has a context too short for prompts and {TOKENS} tokens; there is nothing to compare.")
+    for prompt in prompts:
+        stage(f"end to end: {prompt.case}")
+        _check_sequence(vlm, reference, prompt, LIMITS[worst], report)
+    stage("end to end: ragged batch")
+    _check_batch(vlm, prompts[1], prompts[3 if len(prompts) > 3 else 0], LIMITS[worst], report)
+    stage("parts")
+    _check_parts(vlm, family, reference, prompts, kinds, report)
     bundle.report("parity", report.to_dict())
     return report
 
@@ -170,32 +189,38 @@ def _kind(weights: dict[str, int]) -> str:
 @dataclass
 class _Prompt:
     case: str
-    ids: list[int]
-    places: tuple[tuple[int, int], ...]
-    pixel_values: np.ndarray  # [pictures, 3, H, W], of the reference's processor
-    embeds: np.ndarray  # [S, hidden], of the bundle
+    built: Prompt
+    views: list[View]  # with the bundle's own pixel values
+    pixel_values: np.ndarray  # [pictures, 3, H, W], of the reference's processor where there is one
     answer: list[int] = field(default_factory=list)  # PyTorch's greedy tokens
     logits: np.ndarray = field(default_factory=lambda: np.empty(0))  # [tokens, vocabulary], before each of them
 
 
-def _prepare(vlm: VLM, reference: Any, case: str, pictures: list[Any], question: str) -> tuple[_Prompt, list[str]]:
-    request = normalize_request(question, pictures)
-    built = vlm._builder.build(request)
-    ours = np.stack([vlm._processor(p) for p in pictures]) if pictures else np.empty((0, 3, 1, 1), np.float32)
-    differences: list[str] = []
+def _prepare(vlm: VLM, reference: Reference, case: str, items: list[Any], report: Report) -> _Prompt:
+    pictures = [item for item in items if not isinstance(item, str)]
+    as_list = vlm.bundle.manifest.cross_attention is not None and vlm.bundle.manifest.cross_attention.source == "images"
+    plain = isinstance(items[-1], str) and items[:-1] == pictures and not as_list
+    request = normalize_request(items[-1], pictures) if plain else normalize_request(items)
+    built = vlm._family.build_prompt(vlm._builder, vlm.bundle.manifest, request)
+    ours = [vlm._processor(picture) for picture in pictures]
+    views = [View(f"{case} {i}", built.instruction, pixel_values=pixels) for i, pixels in enumerate(ours)]
+    made = _Prompt(case, built, views, np.stack(ours) if ours else np.empty((0, 3, 1, 1), np.float32))
     if reference.no_processor:
-        return _Prompt(case, built.ids, built.places, ours, _embeds(vlm, built, ours)), differences
-    ids, theirs = reference.process(built.text, pictures)
-    if ids != built.ids:
-        differences.append(f"token ids of {case!r}")
-    if pictures and (theirs.shape != ours.shape or float(np.abs(theirs - ours).max()) > reference.pixel_tolerance):
-        differences.append(f"pixel values of {case!r}")
-    return _Prompt(case, built.ids, built.places, theirs, _embeds(vlm, built, ours)), differences
-
-
-def _embeds(vlm: VLM, prompt: Prompt, pixel_values: np.ndarray) -> np.ndarray:
-    features = [vlm._family.embed_image(vlm._run, picture) for picture in pixel_values]
-    return vlm._rows(prompt, features, 0, len(prompt.ids))
+        return made
+    try:
+        theirs = reference.process(request, built.text)
+    except ValueError as exc:
+        report.notes.append(f"preprocessing of {case!r} was not compared: {exc}")
+        return made
+    for name, mine in (("input_ids", built.ids), ("sees", built.sees), ("instruction_ids", built.instruction)):
+        if name in theirs and theirs[name].tolist() != list(mine or ()):
+            report.preprocessing.append(f"{name} of {case!r}")
+    if pictures:
+        pixels = theirs["pixel_values"]
+        if pixels.shape != made.pixel_values.shape or np.abs(pixels - made.pixel_values).max() > reference.pixel_tolerance:
+            report.preprocessing.append(f"pixel values of {case!r}")
+        made.pixel_values = pixels
+    return made
 
 
 def _compare(part: str, kind: str, ours: np.ndarray, theirs: np.ndarray, *, logits: bool = False) -> PartCheck:
@@ -212,34 +237,65 @@ def _distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float
     return float(np.abs(a - b).max()), float(np.abs(b).max()), float(a @ b / norm) if norm else float(np.array_equal(a, b))
 
 
-def _check_parts(vlm: VLM, family: Any, reference: Any, prompts: list[_Prompt], kinds: dict[str, str], report: Report) -> None:
+def _check_parts(
+    vlm: VLM, family: Family, reference: Reference, prompts: list[_Prompt], kinds: dict[str, str], report: Report
+) -> None:
     """Each part gets what the reference's parts before it gave, so that a difference is the part's own."""
+    prompt = prompts[-1]
+    manifest, built = vlm.bundle.manifest, prompt.built
+    pixels = np.concatenate([p.pixel_values for p in prompts if len(p.pixel_values)])
+    last = slice(len(pixels) - len(prompt.views), None)  # this prompt's pictures among all
+    cross = manifest.cross_attention
+    ids = np.array([built.ids])
+    within = not (cross and cross.source == "images")  # whether pictures take places in the prompt
+    for start, length in built.places if within else ():
+        ids[:, start : start + length] = 0  # the image token may lie outside of the table
     known = {
-        "pixel_values": np.concatenate([p.pixel_values for p in prompts if len(p.pixel_values)]),
-        "input_ids": np.array([prompts[-1].ids]),
-    }
-    for spec in family.part_specs(reference.model, "float32"):
-        if spec.name == "decoder":
+        "pixel_values": pixels, "input_ids": ids, "attention_mask": np.ones(ids.shape, bool),
+        "instruction_ids": np.array([built.instruction] * len(pixels), np.int64),
+    }  # fmt: skip
+    specs = {spec.name: spec for spec in family.part_specs(reference.model, "float32")}
+    for name, spec in specs.items():
+        if name == "decoder":
             continue
-        feeds = {name: known[name] for name in spec.inputs}
-        theirs = reference.run_module(spec.module, feeds)
-        known[next(iter(spec.outputs))] = theirs
-        ours = vlm._run(spec.name, feeds)[next(iter(spec.outputs))]
-        report.parts.append(_compare(spec.name, kinds[spec.name], ours, theirs))
-    rows = known["inputs_embeds"][0].copy()
-    for (start, length), feature in zip(prompts[-1].places, known["image_features"][-len(prompts[-1].places) :], strict=True):
-        rows[start : start + length] = feature
-    ours = Decoder(vlm._sessions["decoder"], vlm.bundle.manifest.kv_cache, len(rows)).forward(
-        rows[None], np.array([0]), np.array([len(rows) - 1])
-    )
-    report.parts.append(_compare("decoder", kinds["decoder"], ours[0], reference.decode(rows), logits=True))
+        feeds = {entry: known[entry] for entry in spec.inputs}
+        theirs, ours = reference.run_part(spec, feeds), vlm._run(name, feeds)
+        known |= theirs
+        checks = [_compare(name, kinds[name], ours[output], array) for output, array in theirs.items()]
+        report.parts.append(max(checks, key=lambda check: (not check.passed, check.max_abs)))
+        if name == "embed_tokens" and within:
+            rows = known["inputs_embeds"] = known["inputs_embeds"].copy()
+            for (start, length), feature in zip(built.places, known["image_features"][last], strict=True):
+                rows[0, start : start + length] = feature
+    rows, visible, blocks = known["inputs_embeds"], None, []
+    if cross:
+        tensors = {name: array for name, array in known.items() if name.startswith("cross_key_values")}
+        if cross.source == "images":
+            tensors = {name: array[last] for name, array in tensors.items()}
+            visible = np.array(built.sees)[:, None] == np.repeat(np.arange(len(prompt.views)), cross.places)
+        else:
+            start_id = {"input_ids": np.array([[manifest.decoder_start_id]])}
+            rows, visible = reference.run_part(specs["embed_tokens"], start_id)["inputs_embeds"], np.ones((1, ids.shape[1]), bool)
+        count = len(next(iter(tensors.values())))
+        blocks = [(n, lambda n=n: {name: array[n : n + 1] for name, array in tensors.items()}) for n in range(count)]
+    decoder = _decoder(vlm, rows.shape[1])
+    decoder.remember(blocks)
+    seen = None if visible is None else visible[None]
+    ours = decoder.forward(rows, np.array([0]), np.array([rows.shape[1] - 1]), seen)[0]
+    report.parts.append(_compare("decoder", kinds["decoder"], ours, prompt.logits[0], logits=True))
 
 
-def _check_sequence(vlm: VLM, reference: Any, prompt: _Prompt, limit: Limit, report: Report) -> None:
-    prompt.answer, prompt.logits = reference.generate(prompt.ids, prompt.pixel_values, TOKENS)
-    forced = _run_bundle(vlm, prompt, prompt.answer)
-    own = _greedy(vlm, prompt)
-    report.sequences.append(_judge(prompt.case, len(prompt.ids), forced, own, prompt, limit))
+def _decoder(vlm: VLM, capacity: int, batch: int = 1) -> Decoder:
+    manifest = vlm.bundle.manifest
+    return Decoder(vlm._sessions["decoder"], manifest.kv_cache, capacity, batch, manifest.cross_attention)
+
+
+def _check_sequence(vlm: VLM, reference: Reference, prompt: _Prompt, limit: Limit, report: Report) -> None:
+    prompt.logits = reference.generate(prompt.built, prompt.pixel_values, TOKENS)
+    prompt.answer = prompt.logits.argmax(-1).tolist()
+    forced = _answer(vlm, prompt, prompt.answer)
+    own = _answer(vlm, prompt, None).argmax(-1).tolist()
+    report.sequences.append(_judge(prompt.case, len(prompt.built.ids), forced, own, prompt, limit))
 
 
 def _judge(case: str, length: int, forced: np.ndarray, own: list[int], prompt: _Prompt, limit: Limit) -> SequenceCheck:
@@ -251,42 +307,68 @@ def _judge(case: str, length: int, forced: np.ndarray, own: list[int], prompt: _
     return SequenceCheck(case, length, max_abs, cosine, top1, same, len(own), bool(passed))
 
 
-def _run_bundle(vlm: VLM, prompt: _Prompt, answer: list[int]) -> np.ndarray:
-    """Logits before each token of a given answer, `[tokens, vocabulary]`, one step at a time as in real decoding."""
-    decoder = Decoder(vlm._sessions["decoder"], vlm.bundle.manifest.kv_cache, len(prompt.ids) + TOKENS)
-    length = len(prompt.ids)
-    logits = [decoder.forward(prompt.embeds[None], np.array([0]), np.array([length - 1]))[0]]
-    for i, token in enumerate(answer[:-1]):
-        logits.append(decoder.forward(vlm._embed([token])[None], np.array([length + i]), np.array([0]))[0])
+def _answer(vlm: VLM, prompt: _Prompt, forced: list[int] | None) -> np.ndarray:
+    """Logits before each token of a given answer, or of the greedy one, `[tokens, vocabulary]`, one step at a time as in
+    real decoding."""
+    feed = vlm._feed(prompt.built, prompt.views, Timings())
+    length = len(feed.keys)
+    decoder = _decoder(vlm, length + TOKENS)
+    decoder.remember(feed.blocks)
+    seen = None if feed.visible is None else feed.visible[None]
+    logits = [decoder.forward(feed.rows(0, length)[None], np.array([0]), np.array([length - 1]), seen)[0]]
+    seen = None if seen is None else seen[:, -1:]
+    while len(logits) < TOKENS:
+        token = int(logits[-1].argmax()) if forced is None else forced[len(logits) - 1]
+        row = vlm._embed([token])[None]
+        logits.append(decoder.forward(row, np.array([length + len(logits) - 1]), np.array([0]), seen)[0])
     return np.stack(logits)
-
-
-def _greedy(vlm: VLM, prompt: _Prompt) -> list[int]:
-    decoder = Decoder(vlm._sessions["decoder"], vlm.bundle.manifest.kv_cache, len(prompt.ids) + TOKENS)
-    length = len(prompt.ids)
-    logits = decoder.forward(prompt.embeds[None], np.array([0]), np.array([length - 1]))[0]
-    tokens = [int(logits.argmax())]
-    while len(tokens) < TOKENS:
-        logits = decoder.forward(vlm._embed(tokens[-1:])[None], np.array([length + len(tokens) - 1]), np.array([0]))[0]
-        tokens.append(int(logits.argmax()))
-    return tokens
 
 
 def _check_batch(vlm: VLM, first: _Prompt, second: _Prompt, limit: Limit, report: Report) -> None:
     """Two prompts of different lengths in one right-padded batch must answer as they do alone."""
-    pair = (first, second)
-    lengths = np.array([len(p.ids) for p in pair])
-    rows = np.zeros((2, int(lengths.max()), first.embeds.shape[1]), np.float32)
-    for row, prompt in zip(rows, pair, strict=True):
-        row[: len(prompt.ids)] = prompt.embeds
-    decoder = Decoder(vlm._sessions["decoder"], vlm.bundle.manifest.kv_cache, int(lengths.max()) + TOKENS, batch=2)
-    forced = [decoder.forward(rows, np.array([0, 0]), lengths - 1)]
+    pair, cross = (first, second), vlm.bundle.manifest.cross_attention
+    feeds = [vlm._feed(p.built, p.views, Timings()) for p in pair]
+    rows, visible, blocks = [feed.rows(0, len(feed.keys)) for feed in feeds], [feed.visible for feed in feeds], []
+    if cross and cross.source == "prompt":
+        features = [[vlm._see(view, Timings()) for view in p.views] for p in pair]
+        texts = [vlm._rows(p.built, f, 0, len(p.built.ids)) for p, f in zip(pair, features, strict=True)]
+        mask = _padded([np.ones(len(text), bool) for text in texts])
+        read = vlm._run("cross_kv", vlm._run("text_encoder", {"inputs_embeds": _padded(texts), "attention_mask": mask}))
+        visible, blocks = [mask[:1], mask[1:]], [("both", lambda: read)]
+    elif cross:
+        made = [[make() for _, make in feed.blocks] for feed in feeds]
+        if any(made):
+            blocks = [("both", lambda: _stacked(made, cross))]
+    lengths = np.array([len(r) for r in rows])
+    decoder = _decoder(vlm, int(lengths.max()) + TOKENS, batch=2)
+    decoder.remember(blocks)
+    seen = _padded([v for v in visible if v is not None]) if cross else None
+    if seen is not None:
+        seen = np.pad(seen, ((0, 0), (0, int(lengths.max()) - seen.shape[1]), (0, 0)))
+    forced = [decoder.forward(_padded(rows), np.array([0, 0]), lengths - 1, seen)]
+    seen = None if seen is None else np.stack([seen[n, length - 1 : length] for n, length in enumerate(lengths)])
     for i in range(TOKENS - 1):
         tokens = np.array([[p.answer[i]] for p in pair])
         step = vlm._run("embed_tokens", {"input_ids": tokens})["inputs_embeds"]
-        forced.append(decoder.forward(step, lengths + i, np.array([0, 0])))
+        forced.append(decoder.forward(step, lengths + i, np.array([0, 0]), seen))
     for number, prompt in enumerate(pair):
         logits = np.stack([step[number] for step in forced])
         # Teacher-forced: while every choice agrees, it is the greedy answer.
         own = logits.argmax(-1).tolist()
-        report.sequences.append(_judge(f"batch of 2: {prompt.case}", len(prompt.ids), logits, own, prompt, limit))
+        report.sequences.append(_judge(f"batch of 2: {prompt.case}", len(prompt.built.ids), logits, own, prompt, limit))
+
+
+def _padded(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays of different lengths as one, zeros behind the shorter ones, in every axis."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    out = np.zeros((len(arrays), *shape), arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[tuple(slice(0, size) for size in array.shape)] = array
+    return out
+
+
+def _stacked(made: list[list[Mapping[str, np.ndarray]]], cross: CrossAttention) -> dict[str, np.ndarray]:
+    """The pictures of each prompt behind one another, the prompts as a batch."""
+    empty = np.zeros((cross.heads, 0, cross.head_dim), np.float32)
+    names = next(iter(next(filter(None, made))[0:1]))
+    return {name: _padded([np.concatenate([empty, *(t[name][0] for t in blocks)], 1) for blocks in made]) for name in names}

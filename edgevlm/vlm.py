@@ -10,12 +10,13 @@ It stitches the parts together; what is special about a family is in its file un
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .bundle import Bundle
 from .errors import CapacityError, InputError, ManifestError
 from .generate import Decoder, PrefixCache, Sampling, choose_token
 from .images import ImageProcessor, image_digest, load_image
-from .models import family_by_name
+from .models import Embedded, family_by_name, parts_needed
 from .prompt import ChatTemplate, Prompt, PromptBuilder, TextStream, Tokenizer, normalize_request
 from .runtimes import Choice, PartSession, open_part
 
@@ -109,17 +110,46 @@ class Stream(Iterator[Piece]):
 class _Features:
     """Picture features by content, the most recently used ones."""
 
-    kept: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
+    kept: OrderedDict[Hashable, Embedded] = field(default_factory=OrderedDict)
 
-    def get(self, digest: str) -> np.ndarray | None:
+    def get(self, digest: Hashable) -> Embedded | None:
         if digest in self.kept:
             self.kept.move_to_end(digest)
         return self.kept.get(digest)
 
-    def put(self, digest: str, features: np.ndarray) -> None:
+    def put(self, digest: Hashable, features: Embedded) -> None:
         self.kept[digest] = features
         while len(self.kept) > _KEPT_PICTURES:
             self.kept.popitem(last=False)
+
+
+@dataclass
+class View:
+    """One picture of a request, and the instruction that it is looked at with, where the model does so."""
+
+    digest: str
+    instruction: tuple[int, ...]
+    known: dict[Hashable, Embedded] = field(default_factory=dict)
+    pixel_values: np.ndarray | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Stands for what enters the decoder."""
+        return (self.digest, self.instruction) if self.instruction else self.digest
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """A prompt as the decoder takes it. See `PrefixCache` for keys; `key` gives that of a token of the answer.
+
+    `blocks` and `visible` (bool `[positions, cross_length]`) are for cross-attention.
+    """
+
+    keys: Sequence[Hashable]
+    rows: Callable[[int, int], np.ndarray]
+    key: Callable[[int], Hashable]
+    blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]] = ()
+    visible: np.ndarray | None = None
 
 
 class VLM:
@@ -137,9 +167,12 @@ class VLM:
         tokenizer = Tokenizer.from_folder(bundle.folder)
         template = ChatTemplate.from_folder(bundle.folder, tokenizer.names)
         image = manifest.image
-        self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places)
+        instruction = Tokenizer.from_folder(bundle.folder / "qformer_tokenizer") if manifest.instruction_length else None
+        self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places, instruction)
         self._stop = _stop_ids(bundle.folder, tokenizer)
-        self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity))
+        self._cache = PrefixCache(
+            Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention)
+        )
         self._features = _Features()
         self._lock = threading.Lock()
         self._serving: int | None = None
@@ -173,7 +206,7 @@ class VLM:
             )
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
-        missing = [part for part in family_by_name(manifest.family).PARTS if part not in manifest.parts]
+        missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
         if missing:
             raise ManifestError(
                 f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
@@ -227,7 +260,7 @@ class VLM:
         sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
         request = normalize_request(prompt, images, messages)
         pictures = [load_image(source) for source in request.images]  # type: ignore[arg-type]
-        built = self._builder.build(request)
+        built = self._family.build_prompt(self._builder, self.bundle.manifest, request)
         if len(built.ids) + 1 > self.capacity:
             raise CapacityError(
                 f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
@@ -236,16 +269,18 @@ class VLM:
             )
         timings = Timings(prompt_tokens=len(built.ids))
         result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed"}
-        digests = [image_digest(picture) for picture in pictures]
-        # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
-        known = [self._features.kept.get(digest) for digest in digests]
-        arrays = [self._processor(p) if features is None else None for p, features in zip(pictures, known, strict=True)]
+        views = []
+        for picture in pictures:
+            view = View(image_digest(picture), built.instruction)
+            # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
+            view.known = {key: kept for key in (view.digest, view.key) if (kept := self._features.kept.get(key)) is not None}
+            view.pixel_values = None if view.known else self._processor(picture)
+            views.append(view)
 
         def pieces() -> Generator[Piece, None, None]:
             with self._turn():
                 try:
-                    features = [self._see(*picture, timings) for picture in zip(digests, known, arrays, strict=True)]
-                    for piece in self._decode(built, digests, features, sampling, timings, result, called):
+                    for piece in self._decode(built, views, sampling, timings, result, called):
                         yield piece
                         self._serving = threading.get_ident()  # a stream may be handed to another thread
                 except Exception:
@@ -273,20 +308,35 @@ class VLM:
     def _run(self, part: str, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return self._sessions[part].run(feeds)
 
-    def _see(self, digest: str, known: np.ndarray | None, pixel_values: np.ndarray | None, timings: Timings) -> np.ndarray:
-        features = self._features.get(digest)
-        if features is None:
-            features = known
-        if features is not None:
-            self._features.put(digest, features)
-            timings.reused_images += 1
-            return features
-        assert pixel_values is not None
+    def _see(self, view: View, timings: Timings) -> Embedded:
+        """What enters the decoder of a picture, from the cache or through the parts."""
         began = time.perf_counter()
-        features = self._family.embed_image(self._run, pixel_values)
-        self._features.put(digest, features)
+        manifest, found = self.bundle.manifest, self._recall(view, view.key)
+        if found is not None:
+            timings.reused_images += 1
+        elif not view.instruction:
+            found = self._encode(view)
+        else:
+            encoded = self._recall(view, view.digest)
+            timings.reused_images += encoded is not None
+            encoded = self._encode(view) if encoded is None else encoded
+            found = self._family.embed_image(self._run, manifest, encoded, view.instruction)
+            self._features.put(view.key, found)
         timings.vision += 1e3 * (time.perf_counter() - began)
+        return found
+
+    def _recall(self, view: View, key: Hashable) -> Embedded | None:
+        features = self._features.get(key)
+        if features is None and key in view.known:
+            features = view.known[key]
+            self._features.put(key, features)
         return features
+
+    def _encode(self, view: View) -> Embedded:
+        assert view.pixel_values is not None
+        encoded = self._family.encode_image(self._run, self.bundle.manifest, view.pixel_values)
+        self._features.put(view.digest, encoded)
+        return encoded
 
     def _embed(self, ids: Sequence[int]) -> np.ndarray:
         return self._run("embed_tokens", {"input_ids": np.array([ids], np.int64)})["inputs_embeds"][0]
@@ -305,20 +355,59 @@ class VLM:
             rows[span] = feature
         return rows
 
-    def _decode(
-        self, prompt: Prompt, digests: list[str], features: list[np.ndarray], sampling: Sampling, timings: Timings,
-        result: dict[str, Any], called: float,
-    ) -> Iterator[Piece]:  # fmt: skip
-        keys: list[Hashable] = list(prompt.ids)
-        for (start, length), digest in zip(prompt.places, digests, strict=True):
-            keys[start : start + length] = [(digest, i) for i in range(length)]
+    def _read(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """A whole prompt `[S, hidden]` through the text encoder, as keys and values for the decoder."""
+        feeds = {"inputs_embeds": rows[None], "attention_mask": np.ones((1, len(rows)), bool)}
+        return self._run("cross_kv", self._run("text_encoder", feeds))
 
-        began = time.perf_counter()
-        logits, timings.reused_tokens = self._cache.prefill(keys, lambda first, end: self._rows(prompt, features, first, end))
+    def _feed(self, prompt: Prompt, views: list[View], timings: Timings) -> _Feed:
+        """What the decoder gets for a prompt: pictures within it, beside it, or all of it behind an encoder."""
+        cross = self.bundle.manifest.cross_attention
+        if cross and cross.source == "images":
+            assert prompt.sees is not None
+            seen = [views[number].key if number >= 0 else None for number in prompt.sees]
+            column = np.repeat(np.arange(len(views)), cross.places)
+            return _Feed(
+                list(zip(prompt.ids, seen, strict=True)),
+                lambda first, end: self._embed(prompt.ids[first:end]),
+                lambda token: (token, seen[-1]),
+                [(view.key, functools.partial(self._see, view, timings)) for view in views],  # type: ignore[misc]
+                np.array(prompt.sees)[:, None] == column,
+            )
+        features = [self._see(view, timings) for view in views]
+        keys: list[Hashable] = list(prompt.ids)
+        for (start, length), view in zip(prompt.places, views, strict=True):
+            keys[start : start + length] = [(view.key, i) for i in range(length)]
+
+        def rows(first: int, end: int) -> np.ndarray:
+            return self._rows(prompt, features, first, end)  # type: ignore[arg-type]
+
+        if not cross:
+            return _Feed(keys, rows, lambda token: token)
+        start_id = self.bundle.manifest.decoder_start_id
+        assert start_id is not None
+        whole = tuple(keys)
+        read = (whole, lambda: self._read(rows(0, len(keys))))
+        return _Feed(
+            [(whole, start_id)], lambda *_: self._embed([start_id]), lambda token: (whole, token), [read],
+            np.ones((1, len(keys)), bool),
+        )  # fmt: skip
+
+    def _decode(
+        self, prompt: Prompt, views: list[View], sampling: Sampling, timings: Timings, result: dict[str, Any], called: float
+    ) -> Iterator[Piece]:
+        feed = self._feed(prompt, views, timings)
+        began, seen = time.perf_counter(), timings.vision
+        read = self._cache.decoder.remember(feed.blocks)
+        logits, timings.reused_tokens = self._cache.prefill(feed.keys, feed.rows, feed.visible)
+        if self.bundle.manifest.decoder_start_id is not None:  # the prompt was read by an encoder, or it was known
+            timings.reused_tokens = 0 if read else len(prompt.ids)
+        visible = None if feed.visible is None else feed.visible[-1]
         rng, text = sampling.generator(), TextStream(self._builder.tokenizer)
         token = choose_token(logits, sampling, rng)
         first_at = time.perf_counter()
-        timings.prefill, timings.first_token = 1e3 * (first_at - began), 1e3 * (first_at - called)
+        timings.prefill = 1e3 * (first_at - began) - (timings.vision - seen)
+        timings.first_token = 1e3 * (first_at - called)
         tokens: list[int] = result["tokens"]
         while True:
             if token in self._stop:
@@ -335,7 +424,7 @@ class VLM:
                 result["finish_reason"] = "capacity"
                 break
             step = time.perf_counter()
-            logits = self._cache.extend(token, self._embed([token])[0])
+            logits = self._cache.extend(feed.key(token), self._embed([token])[0], visible)
             token = choose_token(logits, sampling, rng)
             timings.decode += 1e3 * (time.perf_counter() - step)
             timings.decoded_tokens += 1

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LLAVAS, TinyLlava, make_llava
+from tiny import (
+    BLIP2S,
+    FLAMINGOS,
+    INSTRUCTBLIPS,
+    LLAVAS,
+    TinyBlip2,
+    TinyFlamingo,
+    TinyLlava,
+    make_blip2,
+    make_flamingo,
+    make_llava,
+)
 
 # Before anything imports them: no network, no progress bars, no advice.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,10 +33,10 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
 
 @dataclass(frozen=True)
-class Llava:
-    """One tiny LLaVA under `folder`; what is asked for is made on first use."""
+class Tiny:
+    """One tiny model under `folder`; what is asked for is made on first use."""
 
-    tiny: TinyLlava
+    tiny: TinyLlava | TinyBlip2 | TinyFlamingo
     folder: Path
 
     @property
@@ -36,8 +47,15 @@ class Llava:
                 staged = self.folder / "unfinished"
                 shutil.rmtree(staged, ignore_errors=True)
                 _quiet_transformers()
-                make_llava(staged, self.tiny).rename(path)
+                self._make(staged).rename(path)
         return path
+
+    def _make(self, folder: Path) -> Path:
+        if isinstance(self.tiny, TinyLlava):
+            return make_llava(folder, self.tiny)
+        if isinstance(self.tiny, TinyBlip2):
+            return make_blip2(folder, self.tiny)
+        return make_flamingo(folder, self.tiny)
 
     @property
     def bundle(self) -> Path:
@@ -70,22 +88,33 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+Llava = Tiny  # what the tests call it that need a LLaVA
+
+
 @pytest.fixture(scope="session")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Llava]:
-    """The tiny LLaVA of a name in `tiny.LLAVAS`."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """The tiny model of a name in the lists of `tiny`, of any family."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    known = {tiny.name: Llava(tiny, shared / "llavas" / tiny.name) for tiny in LLAVAS}
+    every = [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS]
+    known = {one.name: Tiny(one, shared / "tiny" / one.name) for one in every}
+    assert len(known) == len(every)
     return known.__getitem__
 
 
 @pytest.fixture(scope="session")
-def checkpoint(llava: Callable[[str], Llava]) -> Path:
-    """The checkpoint of the first configuration; copy it to change it."""
-    return llava(LLAVAS[0].name).checkpoint
+def llava(tiny: Callable[[str], Tiny]) -> Callable[[str], Tiny]:
+    """The tiny LLaVA of a name in `tiny.LLAVAS`."""
+    return tiny
 
 
 @pytest.fixture(scope="session")
-def bundle(llava: Callable[[str], Llava]) -> Path:
+def checkpoint(tiny: Callable[[str], Tiny]) -> Path:
+    """The checkpoint of the first LLaVA; copy it to change it."""
+    return tiny(LLAVAS[0].name).checkpoint
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny: Callable[[str], Tiny]) -> Path:
     """The fp32 export of `checkpoint`; copy it to change it."""
-    return llava(LLAVAS[0].name).bundle
+    return tiny(LLAVAS[0].name).bundle

@@ -24,7 +24,9 @@ from edgevlm.images import MAX_PIXELS, ImageProcessor, TargetSize, image_digest,
 
 pytest.importorskip("transformers")
 from transformers.image_utils import load_image as hf_load_image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -34,9 +36,11 @@ HUGGING_FACE = {
     "LlavaImageProcessor": LlavaImageProcessorPil,
     "SiglipImageProcessor": SiglipImageProcessorPil,
     "ViTImageProcessor": ViTImageProcessorPil,
+    "BlipImageProcessor": BlipImageProcessorPil,
+    "IdeficsImageProcessor": IdeficsImageProcessorPil,
 }
 
-CLIP, LLAVA, SIGLIP, VIT = HUGGING_FACE
+CLIP, LLAVA, SIGLIP, VIT, BLIP, IDEFICS = HUGGING_FACE
 CLIP_72: dict[str, Any] = {"size": {"shortest_edge": 72}, "crop_size": {"height": 72, "width": 72}}
 SMALL = {"size": {"shortest_edge": 40}, "crop_size": 40}
 
@@ -74,7 +78,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava-pads-black": (LLAVA, {**CLIP_72, "do_pad": True, "do_normalize": False, "image_mean": None}),
     "llava-edges": (LLAVA, {"do_pad": True, "size": {"shortest_edge": 60, "longest_edge": 50}, "do_center_crop": False}),
     "vit": (VIT, {"size": 40}),
+    "blip": (BLIP, {}),
+    "blip-56": (BLIP, {"size": {"height": 56, "width": 56}}),
+    "blip-oblong": (BLIP, {"size": [30, 56], "resample": 2}),
+    "blip-old-number": (BLIP, {"size": 45}),
+    "blip-edge": (BLIP, {"size": {"shortest_edge": 31}}),
+    "blip-not-square": (BLIP, {"size": 31, "default_to_square": False}),
+    "blip-crop": (BLIP, {"size": 40, "do_center_crop": True, "crop_size": 33}),
+    "blip-plain": (BLIP, {"size": 40, "do_rescale": False, "do_normalize": False, "do_pad": True}),
+    "blip-factor": (BLIP, {"size": 40, "rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": [1.0, 0.5, 2.0]}),
+    "blip-nulls": (BLIP, {"size": 40, **dict.fromkeys(["do_center_crop", "crop_size", "do_pad", "do_rescale"])}),
+    "idefics": (IDEFICS, {}),
+    "idefics-published": (IDEFICS, {"image_size": 42, "image_num_channels": 3, "image_mean": [0.4, 0.5, 0.6]}),
+    "idefics-size": (IDEFICS, {"size": {"height": 30, "width": 56}, "resample": 2}),
+    "idefics-both": (IDEFICS, {"size": {"height": 224, "width": 224}, "image_size": 37}),
+    "idefics-nulls": (IDEFICS, {"size": 40, **dict.fromkeys(["image_size", "image_num_channels", "do_normalize"])}),
+    "idefics-plain": (IDEFICS, {"image_size": 40, "do_rescale": False, "do_normalize": False}),
+    "idefics-factor": (IDEFICS, {"image_size": 40, "rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0}),
 }
+
+LARGE = {"clip", "clip-336", "siglip", "blip", "idefics"}
 
 MODES = ["RGB", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "1", "YCbCr", "HSV", "LAB", "I;16", "I", "F"]
 
@@ -103,7 +126,8 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def hugging_face(kind: str, config: dict[str, Any], image: Image.Image) -> np.ndarray:
-    return HUGGING_FACE[kind](**config)(images=image, return_tensors="np")["pixel_values"][0]
+    done = HUGGING_FACE[kind](**config)(images=image, return_tensors="np")
+    return (done if kind == IDEFICS else done["pixel_values"])[0]
 
 
 def processor(kind: str, config: dict[str, Any]) -> ImageProcessor:
@@ -121,12 +145,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 # Thin pictures are large ones after resizing; the small configurations cover them.
-_PAIRS = [
-    (name, *size)
-    for name in CONFIGS
-    for size in SIZES
-    if name not in ("clip", "clip-336", "siglip") or max(size) <= 10 * min(size)
-]
+_PAIRS = [(name, *size) for name in CONFIGS for size in SIZES if name not in LARGE or max(size) <= 10 * min(size)]
 
 
 @pytest.mark.parametrize(("name", "width", "height"), _PAIRS)
@@ -140,7 +159,7 @@ def test_pixel_values_equal_hugging_face(name: str, width: int, height: int) -> 
     assert ours.size in (None, values.shape[1:])
 
 
-@pytest.mark.parametrize("kind", [CLIP, SIGLIP, LLAVA])
+@pytest.mark.parametrize("kind", [CLIP, SIGLIP, LLAVA, BLIP, IDEFICS])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_equal_hugging_face(mode: str, kind: str) -> None:
     image = picture(43, 29, mode)
@@ -214,7 +233,7 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from([name for name in CONFIGS if name not in ("clip", "clip-336", "siglip")]),
+    name=st.sampled_from([name for name in CONFIGS if name not in LARGE]),
     width=st.integers(2, 90),
     height=st.integers(2, 90),
     mode=st.sampled_from(["RGB", "RGBA", "L", "P", "LA", "CMYK"]),
@@ -236,21 +255,24 @@ def test_own_configuration_of_hugging_face_is_the_default(kind: str) -> None:
     assert ImageProcessor.from_config(written) == processor(kind, {})
 
 
+@pytest.mark.parametrize("kind", [CLIP, BLIP, IDEFICS])
 @pytest.mark.parametrize(
-    ("key", "name"),
+    ("key", "ending"),
     [
-        ("image_processor_type", "CLIPImageProcessorFast"),
-        ("image_processor_type", "CLIPImageProcessorPil"),
-        ("feature_extractor_type", "CLIPFeatureExtractor"),
+        ("image_processor_type", "ImageProcessorFast"),
+        ("image_processor_type", "ImageProcessorPil"),
+        ("feature_extractor_type", "FeatureExtractor"),
+        ("feature_extractor_type", "ImageProcessor"),
     ],
 )
-def test_other_names_of_a_type(key: str, name: str) -> None:
-    assert ImageProcessor.from_config({key: name, **CLIP_72}) == processor(CLIP, CLIP_72)
+def test_other_names_of_a_type(key: str, ending: str, kind: str) -> None:
+    name = kind.replace("ImageProcessor", ending)
+    assert ImageProcessor.from_config({key: name, "size": 72}) == processor(kind, {"size": 72})
 
 
 @pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "LlavaNextImageProcessor", "Siglip2ImageProcessorFast", None])
 def test_unknown_type_is_refused(name: str | None) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{name or 'without image_processor_type'}.*CLIPImageProcessor, Llava"):
+    with pytest.raises(UnsupportedModelError, match=f"{name or 'without image_processor_type'}.*CLIPImageProcessor, .*Llava"):
         ImageProcessor.from_config({"image_processor_type": name})
 
 
@@ -284,6 +306,20 @@ def test_uncovered_options_are_refused(config: dict[str, Any], match: str) -> No
         processor(LLAVA, config)
 
 
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"image_size": "large"}, "size = .*'large'.*positive"),
+        ({"image_size": [30, 40]}, "size = "),
+        ({"image_size": 0}, "positive"),
+        ({"image_num_channels": 1}, "image_num_channels = 1; needed: 3"),
+    ],
+)
+def test_uncovered_options_of_idefics_are_refused(config: dict[str, Any], match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        processor(IDEFICS, config)
+
+
 def test_centre_crop_without_a_size_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="crop_size = None"):
         processor(SIGLIP, {"do_center_crop": True})
@@ -292,6 +328,8 @@ def test_centre_crop_without_a_size_is_refused() -> None:
 def test_size_is_known_where_it_does_not_depend_on_the_picture() -> None:
     assert processor(CLIP, CLIP_72).size == (72, 72)
     assert processor(SIGLIP, {"size": [30, 56]}).size == (30, 56)
+    assert processor(BLIP, {}).size == (384, 384)
+    assert processor(IDEFICS, {"image_size": 42}).size == (42, 42)
     assert processor(LLAVA, {"size": 72, "do_center_crop": False, "do_pad": True}).size == (72, 72)
     assert processor(CLIP, {"size": 72, "do_center_crop": False}).size is None
     assert processor(CLIP, {"size": 72, "do_center_crop": False}).resize == TargetSize(shortest_edge=72)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,114 @@ LLAVAS = [
 ]  # fmt: skip
 
 
-def tiny_tokenizer() -> Any:
+@dataclass(frozen=True)
+class TinyBlip2:
+    """A configuration of BLIP-2. `queries` are the Q-Former's, every `frequency`-th of its layers sees the picture.
+
+    `published` gives the files the form that those of Salesforce have, see `_as_published`; what they lack `load_tiny`
+    adds.
+    """
+
+    name: str
+    language: str = "opt"
+    queries: int = 4
+    frequency: int = 2
+    side: int = 28
+    patch: int = 7
+    tied: bool = True
+    dtype: str = "float32"
+    max_shard: str | None = None
+    published: bool = False
+    vision: dict[str, Any] = field(default_factory=dict)
+    qformer: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+
+BLIP2S = [
+    TinyBlip2("blip2-opt"),
+    TinyBlip2("blip2-opt-350m", queries=7, frequency=1, vision={"hidden_act": "quick_gelu", "qkv_bias": False},
+              text={"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    TinyBlip2("blip2-opt-plain", frequency=3, tied=False, qformer={"num_hidden_layers": 4, "num_attention_heads": 2},
+              text={"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"}),
+    TinyBlip2("blip2-opt-no-final-norm", queries=1, side=30, patch=6, qformer={"hidden_act": "relu", "num_hidden_layers": 2},
+              text={"_remove_final_layer_norm": True, "word_embed_proj_dim": 40}, dtype="bfloat16"),
+    TinyBlip2("blip2-opt-half", side=42, patch=14, dtype="float16", max_shard="100KB"),
+    TinyBlip2("blip2-opt-published", published=True),
+    TinyBlip2("blip2-t5", language="t5", tied=False, text={"num_layers": 3, "num_decoder_layers": 2}),
+    TinyBlip2("blip2-t5-tied", language="t5", queries=7, text={
+        "feed_forward_proj": "relu", "relative_attention_num_buckets": 7, "relative_attention_max_distance": 9}),
+    TinyBlip2("blip2-t5-half", language="t5", tied=False, frequency=1, dtype="float16", max_shard="100KB",
+              text={"feed_forward_proj": "gated-silu"}),
+    TinyBlip2("blip2-t5-bfloat16", language="t5", tied=False, frequency=3, dtype="bfloat16", text={"num_heads": 3}),
+    TinyBlip2("blip2-t5-published", language="t5", tied=False, published=True),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyInstructBlip(TinyBlip2):
+    """A configuration of InstructBLIP, whose Q-Former reads the question too, cut into tokens of its own."""
+
+
+INSTRUCTBLIPS = [
+    TinyInstructBlip("instructblip-llama", language="llama", tied=False),
+    TinyInstructBlip("instructblip-llama-half", language="llama", tied=False, queries=7, frequency=1, dtype="float16",
+                     max_shard="100KB", vision={"hidden_act": "quick_gelu", "qkv_bias": False},
+                     text={"num_key_value_heads": 2}),
+    TinyInstructBlip("instructblip-llama-published", language="llama", tied=False, published=True),
+    TinyInstructBlip("instructblip-t5", language="t5", tied=False, frequency=3, qformer={"num_hidden_layers": 4}),
+    TinyInstructBlip("instructblip-t5-published", language="t5", tied=False, published=True, dtype="bfloat16"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyFlamingo:
+    """A configuration of IDEFICS. Every `interval`-th of the `layers`, from the first, has a gated cross-attention before it.
+
+    `special` is what the tokenizer has after the tokens of Llama; these have a table of their own of `additional` rows,
+    or where that is 0 rows in the table of the others. `published` gives the files the form they have on the Hub.
+    """
+
+    name: str
+    layers: int = 2
+    interval: int = 1
+    heads: int = 4
+    hidden: int = 48
+    act: str = "silu"
+    alpha: str = "float"
+    norms: bool = False
+    special: tuple[str, ...] = ("<fake_token_around_image>", "<image>")
+    additional: int = 2
+    tied: bool = False
+    resampler: bool = True
+    resampler_norms: bool = False
+    latents: int = 5
+    depth: int = 2
+    resampler_heads: int = 2
+    resampler_head_dim: int = 12
+    side: int = 28
+    patch: int = 7
+    dtype: str = "float32"
+    max_shard: str | None = None
+    published: bool = False
+    vision: dict[str, Any] = field(default_factory=dict)
+
+
+END_OF_UTTERANCE = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+FLAMINGOS = [
+    TinyFlamingo("flamingo"),
+    TinyFlamingo("flamingo-every-second", layers=4, interval=2, alpha="vector", norms=True, resampler_norms=True,
+                 special=END_OF_UTTERANCE, additional=3, published=True),
+    TinyFlamingo("flamingo-every-third", layers=3, interval=3, resampler=False, tied=True, norms=True),
+    TinyFlamingo("flamingo-no-resampler", layers=3, resampler=False, alpha="vector", act="gelu", side=30, patch=6,
+                 vision={"hidden_act": "quick_gelu"}),
+    TinyFlamingo("flamingo-one-table", additional=0, hidden=60, heads=6, latents=1, depth=1, resampler_norms=True),
+    TinyFlamingo("flamingo-one-table-tied", additional=0, tied=True, special=END_OF_UTTERANCE, norms=True, dtype="bfloat16"),
+    TinyFlamingo("flamingo-half", layers=4, interval=2, latents=7, depth=3, resampler_heads=3, resampler_head_dim=16,
+                 special=END_OF_UTTERANCE, additional=4, side=42, patch=14, dtype="float16", max_shard="100KB"),
+]  # fmt: skip
+
+
+def tiny_tokenizer(image: bool = True) -> Any:
     """Byte-fallback BPE as Llama has it, a few hundred tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +184,7 @@ def tiny_tokenizer() -> Any:
     learner.pre_tokenizer = words
     learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    special = ["<pad>", "<s>", "</s>", "<unk>", *["<image>"][: int(image)]]
     names = special + [f"<0x{b:02X}>" for b in range(256)] + sorted(learnt["vocab"], key=learnt["vocab"].get)
     merges = [tuple(m) for m in learnt["merges"]]
     tokenizer = Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True))
@@ -88,8 +196,66 @@ def tiny_tokenizer() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
     )  # fmt: skip
+
+
+def opt_tokenizer() -> Any:
+    """Byte-level BPE as OPT has it: `</s>` begins a text and ends an answer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    added = [AddedToken(n, special=True, normalized=True) for n in special]
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=added, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", "</s> $A </s> $B", [("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def t5_tokenizer() -> Any:
+    """Unigram as T5 has it: `</s>` ends every text, an answer starts from `<pad>`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({"▁" + word for sentence in SENTENCES for word in sentence.split()})
+    letters = ["▁", *(chr(code) for code in range(33, 127))]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(word, -4.0 - index / 16) for index, word in enumerate(words)]
+    pieces += [(word[:length], -6.0 - length / 8) for word in words for length in (2, 3) if length < len(word)]
+    pieces += [(letter, -9.0 - index / 64) for index, letter in enumerate(letters)]
+    pieces = list(dict(reversed(pieces)).items())[::-1]  # a piece has its first score
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens=[f"<extra_id_{index}>" for index in range(3)], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def bert_tokenizer() -> Any:
+    """WordPiece as the Q-Former of InstructBLIP has it, with the token `[DEC]` that BERT lacks."""
+    from transformers import BertTokenizer
+
+    words = sorted({word.strip("?.,:").lower() for sentence in SENTENCES for word in sentence.split()})
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters), *words]
+    vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    return BertTokenizer(vocab=vocabulary, bos_token="[DEC]", truncation_side="right")
 
 
 def make_llava(folder: Path, tiny: TinyLlava, seed: int = 0) -> Path:
@@ -154,3 +320,196 @@ def make_llava(folder: Path, tiny: TinyLlava, seed: int = 0) -> Path:
     processor.save_pretrained(folder)
     assert places > 0
     return folder
+
+
+def make_blip2(folder: Path, tiny: TinyBlip2, seed: int = 0) -> Path:
+    """Writes the checkpoint of BLIP-2 or InstructBLIP into `folder` and returns it."""
+    import torch
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipProcessor,
+        LlamaConfig,
+        OPTConfig,
+        T5Config,
+    )
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    instruct = isinstance(tiny, TinyInstructBlip)
+    tokenizer = {"opt": opt_tokenizer, "t5": t5_tokenizer, "llama": lambda: tiny_tokenizer(image=False)}[tiny.language]()
+    image_token, vocabulary = len(tokenizer), len(tokenizer) + 3
+    own_tokenizer = bert_tokenizer() if instruct else None
+
+    vision = {
+        "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": tiny.side, "patch_size": tiny.patch, **tiny.vision,
+    }  # fmt: skip
+    qformer = {
+        "vocab_size": len(own_tokenizer) + 2 if own_tokenizer else 300, "hidden_size": 40, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "intermediate_size": 44, "max_position_embeddings": 64,
+        "cross_attention_frequency": tiny.frequency, **tiny.qformer,
+    }  # fmt: skip
+    if tiny.language == "opt":
+        text: Any = OPTConfig(**{
+            "vocab_size": vocabulary, "hidden_size": 56, "ffn_dim": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 128, "tie_word_embeddings": tiny.tied, **tiny.text,
+        })  # fmt: skip
+    elif tiny.language == "t5":
+        text = T5Config(**{
+            "vocab_size": vocabulary, "d_model": 56, "d_kv": 12, "d_ff": 60, "num_layers": 2, "num_heads": 4,
+            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 8, "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": tiny.tied, **tiny.text,
+        })  # fmt: skip
+    else:
+        text = LlamaConfig(**{
+            "vocab_size": vocabulary, "hidden_size": 56, "intermediate_size": 72, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 128, "tie_word_embeddings": tiny.tied,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **tiny.text,
+        })  # fmt: skip
+    if tiny.published and tiny.language == "opt":  # Salesforce's end an answer at the end of its line
+        text.eos_token_id = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    config = (InstructBlipConfig if instruct else Blip2Config)(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=tiny.queries,
+        image_token_index=image_token,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = (InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration)(config).eval()
+    if tiny.language == "t5" and not tiny.tied:  # Transformers ties the head of a new T5 whatever its configuration says
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight) / 8)
+        model.all_tied_weights_keys.pop("language_model.lm_head.weight")
+    _disturb(model)
+    with torch.no_grad():
+        model.query_tokens.copy_(torch.randn_like(model.query_tokens))
+    _save(model, folder, tiny.dtype, tiny.max_shard)
+
+    images = BlipImageProcessorPil(size={"height": tiny.side, "width": tiny.side})
+    if tiny.published:
+        tokenizer.save_pretrained(folder)
+        images.save_pretrained(folder)
+        if own_tokenizer:
+            own_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+        _as_published(folder, model, "InstructBlipProcessor" if instruct else "Blip2Processor")
+    elif own_tokenizer:
+        InstructBlipProcessor(images, tokenizer, own_tokenizer, num_query_tokens=tiny.queries).save_pretrained(folder)
+    else:
+        Blip2Processor(images, tokenizer, num_query_tokens=tiny.queries).save_pretrained(folder)
+    return folder
+
+
+def make_flamingo(folder: Path, tiny: TinyFlamingo, seed: int = 0) -> Path:
+    """Writes the checkpoint into `folder` and returns it."""
+    import torch
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    tokenizer = tiny_tokenizer(image=False)
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(tiny.special)})
+    config = IdeficsConfig(
+        vocab_size=words if tiny.additional else len(tokenizer) + 3, additional_vocab_size=tiny.additional,
+        hidden_size=tiny.hidden, intermediate_size=72, num_hidden_layers=tiny.layers, num_attention_heads=tiny.heads,
+        hidden_act=tiny.act, alpha_type=tiny.alpha, cross_layer_interval=tiny.interval, qk_layer_norms=tiny.norms,
+        tie_word_embeddings=tiny.tied, use_resampler=tiny.resampler, max_position_embeddings=256,
+        vision_config={
+            "embed_dim": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": tiny.side, "patch_size": tiny.patch, **tiny.vision},
+        perceiver_config={
+            "use_resampler": tiny.resampler, "resampler_n_latents": tiny.latents, "resampler_depth": tiny.depth,
+            "resampler_n_heads": tiny.resampler_heads, "resampler_head_dim": tiny.resampler_head_dim,
+            "qk_layer_norms_perceiver": tiny.resampler_norms},
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = IdeficsForVisionText2Text(config).eval()
+    _disturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "alpha_" in name:  # closed when new
+                parameter.copy_((0.4 + torch.rand_like(parameter)) * torch.randn_like(parameter).sign())
+    _save(model, folder, tiny.dtype, tiny.max_shard)
+    IdeficsProcessor(IdeficsImageProcessorPil(image_size=tiny.side), tokenizer).save_pretrained(folder)
+    if tiny.published:
+        _as_published(folder, model, "IdeficsProcessor")
+    return folder
+
+
+def _disturb(model: Any) -> None:
+    """Biases and norms are constants when they are new, and the weights are too small for the picture to matter."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            wide = parameter.ndim > 1 and parameter.numel() > max(parameter.shape)
+            parameter.add_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if wide else 0.1))
+
+
+def _save(model: Any, folder: Path, dtype: str, max_shard: str | None) -> None:
+    """Half precision leaves the modules in float32 that Transformers loads so, as saving a loaded model does."""
+    import torch
+
+    kept = model._keep_in_fp32_modules if dtype == "float16" else ()
+    for name, parameter in model.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(folder, **({"max_shard_size": max_shard} if max_shard else {}))
+    _change(folder / "config.json", dtype=dtype)  # Transformers writes that of the first parameter
+
+
+def _as_published(folder: Path, model: Any, processor: str) -> None:
+    """Gives the files of `folder` the form of those on the Hub that Transformers 4 has written.
+
+    The weights have copies of tied tensors and buffers that were tensors then. config.json lacks `image_token_index`, the
+    processor `num_query_tokens`, the tokenizer `<image>` (IDEFICS has it), and each has the names of then.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    old = {n: b for n, b in model.named_buffers() if n.endswith(("position_ids", "rotary_emb.inv_freq"))}
+    for name, value in {**model.state_dict(), **old}.items():
+        weights.setdefault(name, value.clone())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config", {})):
+        if "scale_decoder_outputs" in part:  # T5's, which says it by whether the head is tied
+            part["tie_word_embeddings"] = part.pop("scale_decoder_outputs")
+        if "rope_parameters" in part:
+            part["rope_theta"] = part.pop("rope_parameters")["rope_theta"]
+    config |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.31.0"}
+    config.pop("image_token_index", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+    whole = folder / "processor_config.json"
+    images = json.loads(whole.read_text())["image_processor"] if whole.exists() else {}
+    whole.unlink(missing_ok=True)
+    images = {**images, "processor_class": processor}
+    _change(folder / "preprocessor_config.json", **images)
+    tokens = _change(folder / "tokenizer_config.json", drop=["backend"], processor_class=processor)
+    if "extra_special_tokens" in tokens:
+        more = tokens["extra_special_tokens"]
+        _change(folder / "tokenizer_config.json", drop=["extra_special_tokens"], additional_special_tokens=more)
+
+
+def _change(path: Path, drop: Sequence[str] = (), **values: Any) -> dict[str, Any]:
+    """Changes the entries of a JSON file, which need not exist, and returns all of them."""
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries = {key: value for key, value in {**entries, **values}.items() if key not in drop}
+    path.write_text(json.dumps(entries, indent=2) + "\n")
+    return entries
+
+
+def load_tiny(folder: Path) -> tuple[Any, Any]:
+    """Model and processor of Transformers, with what it asks to be added to the published checkpoints of BLIP-2."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    if getattr(processor, "num_query_tokens", 0) is None:
+        processor.num_query_tokens = model.config.num_query_tokens
+    if getattr(model.config, "image_token_index", 0) is None:
+        model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    return model, processor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16"}
 _COMPANIONS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/tokenizer_config.json", "qformer_tokenizer/special_tokens_map.json",
 )  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def export_bundle(
         name, family = family_for_config(checkpoint.config)
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} is damaged: {exc}.") from exc
-    companions = [checkpoint.folder / n for n in _COMPANIONS if (checkpoint.folder / n).is_file()]
-    _require_companions(checkpoint, {c.name for c in companions})
+    companions = [n for n in _COMPANIONS if (checkpoint.folder / n).is_file()]
+    _require_companions(checkpoint, set(companions))
 
     from huggingface_hub.errors import StrictDataclassError  # a value of another type in config.json
 
@@ -88,7 +89,7 @@ def export_bundle(
             stage(f"tracing {spec.name}")
             graph = trace_part(fake, spec)
             canonical_graph(graph)
-            bind_weights(graph, spec, family, weights, tied=config.tie_word_embeddings)
+            bind_weights(graph, spec, family, weights, fake.tied)
             if chosen:
                 quantize_graph(graph, spec.name, chosen)
             file = f"onnx/{spec.name}.onnx"
@@ -96,7 +97,8 @@ def export_bundle(
             save_graph(graph, folder / file, progress)
             parts[spec.name] = part_record(graph, file)
         for companion in companions:
-            shutil.copyfile(companion, folder / companion.name)
+            (folder / companion).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.folder / companion, folder / companion)
         seal(
             folder,
             dataclasses.replace(
@@ -106,14 +108,17 @@ def export_bundle(
     return Bundle.open(output, check_files=False)
 
 
-def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[str, WeightEntry], *, tied: bool) -> None:
+def bind_weights(
+    graph: ir.Model, spec: PartSpec, family: Family, weights: dict[str, WeightEntry], tied: Mapping[str, str]
+) -> None:
     """Gives every initializer that stands for a parameter its name and its place in the checkpoint.
 
-    Only `tied` embeddings may stand in for an output head that the checkpoint lacks.
+    `tied` names parameters that share another's values; a checkpoint may hold either of the two.
     """
     from .passes.lower_linear import TRANSPOSED
     from .trace import PARAMETER
 
+    shared = _shared({family.weight_name(a): family.weight_name(b) for a, b in tied.items()})
     initializers = list(graph.graph.initializers.values())
     graph.graph.initializers.clear()
     for value in initializers:
@@ -121,7 +126,7 @@ def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[
         transposed = value.metadata_props.pop(TRANSPOSED, None) is not None
         if parameter is not None:
             name = family.weight_name(parameter)
-            entry = weights.get(name) or (weights.get(_tied(name)) if tied else None)
+            entry = next((weights[n] for n in (name, *shared.get(name, ())) if n in weights), None)
             if entry is None:
                 raise WeightsError(
                     f"The checkpoint has no weight {name!r}, which its configuration asks for in the part {spec.name}. "
@@ -147,9 +152,12 @@ def bind_weights(graph: ir.Model, spec: PartSpec, family: Family, weights: dict[
         )
 
 
-def _tied(name: str) -> str:
-    """Where a weight is stored that a checkpoint with tied embeddings leaves out."""
-    return {"lm_head.weight": "language_model.embed_tokens.weight"}.get(name, name)
+def _shared(tied: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each name all that stand for the same values, the source first."""
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, [source]).append(target)
+    return {name: group for group in groups.values() for name in group}
 
 
 def _require_companions(checkpoint: Checkpoint, present: set[str]) -> None:

@@ -45,7 +45,12 @@ class FakeModel:
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter → its name in the model
 
     def __post_init__(self) -> None:
-        self.names = {id(p): n for n, p in self.model.named_parameters(remove_duplicate=False)}
+        self.names = {id(p): n for n, p in self.model.named_parameters()}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of parameters that share another's values, and that other's."""
+        return dict(getattr(self.model, "all_tied_weights_keys", {}))
 
 
 def build_fake(build: Callable[[], nn.Module], dtype: str) -> FakeModel:
@@ -108,7 +113,7 @@ def _one_node_each(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(nn.Linear, "forward", _linear))
         classes = {type(m) for m in module.modules()}
-        for norm in (c for c in classes if c.__name__.endswith("RMSNorm")):
+        for norm in (c for c in classes if c.__name__.endswith(("RMSNorm", "T5LayerNorm"))):
             stack.enter_context(_patched(norm, "forward", _rms_norm))
         for source in {sys.modules[c.__module__] for c in classes}:
             if hasattr(source, "apply_rotary_pos_emb"):

@@ -11,21 +11,22 @@ Why a bool mask and not the operator's own causality: https://onnx.ai/onnx/opera
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-__all__ = ["ATTENTION", "CachedDecoder"]
+__all__ = ["ATTENTION", "CachedDecoder", "CrossDecoder", "Embedding", "NewRows", "StaticCache", "attention_node"]
 
 #: The name under which transformers finds the attention below.
 ATTENTION = "edgevlm"
 
 
-class _NewRows(Cache):  # type: ignore[misc]  # transformers is not typed
+class NewRows(Cache):  # type: ignore[misc]  # transformers is not typed
     """Stands where transformers expects its cache; hands new keys and values through, the attention below stores them."""
 
     def __init__(self) -> None:
@@ -43,14 +44,40 @@ class _NewRows(Cache):  # type: ignore[misc]  # transformers is not typed
         return query, 0
 
 
-class _StaticCache:
-    """The KV cache of one trace: what came in, what goes out, and the masks that layers share."""
+class _CrossKeysKnown(EncoderDecoderCache):  # type: ignore[misc]
+    """Tells an encoder-decoder model of transformers that its cross-attention keys and values are there already."""
 
-    def __init__(self, past: Sequence[Tensor], position_ids: Tensor) -> None:
+    def __init__(self, cross: Sequence[Tensor]) -> None:
+        self.self_attention_cache = NewRows()
+        self.cross_attention_cache = NewRows()
+        self.cross_attention_cache.layers = [_Layer(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
+        self.is_updated = dict.fromkeys(range(len(cross) // 2), True)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+@dataclass
+class _Layer:
+    keys: Tensor
+    values: Tensor
+
+
+class StaticCache:
+    """The KV cache of one trace: what came in, what goes out, and the masks that layers share.
+
+    `cross` and `cross_mask` (bool `[B, 1, S, cross_length]`) are what the decoder reads beside its own sequence.
+    """
+
+    def __init__(
+        self, past: Sequence[Tensor], position_ids: Tensor, cross: Sequence[Tensor] = (), cross_mask: Tensor | None = None
+    ) -> None:
         self.past, self.present = list(past), list(past)
         self.position_ids = position_ids
         self.start = position_ids.select(1, 0)
         self.masks: dict[int | None, Tensor] = {}
+        self.cross, self.cross_mask = list(cross), cross_mask
+        self.relative_bias: Tensor | None = None
 
     def store(self, index: int, new: Tensor) -> Tensor:
         past = self.past[index]
@@ -58,34 +85,77 @@ class _StaticCache:
         self.present[index] = symbolic("TensorScatter", inputs, {"axis": 2}, dtype=past.dtype, shape=past.shape, version=24)
         return self.present[index]
 
+    def key_positions(self) -> Tensor:
+        """int64 `[1, 1, 1, capacity]`."""
+        return torch.arange(self.past[0].shape[2]).view(1, 1, 1, -1)
+
     def mask(self, window: int | None) -> Tensor:
         """bool `[B, 1, S, capacity]`, true where a query may look: not after itself, and inside its sliding window."""
         if window not in self.masks:
-            keys = torch.arange(self.past[0].shape[2]).view(1, 1, 1, -1)
+            keys = self.key_positions()
             queries = self.position_ids.unsqueeze(1).unsqueeze(-1)
             visible = keys <= queries
             self.masks[window] = visible if window is None else visible & (keys > queries - window)
         return self.masks[window]
 
+    def bias(self, module: Any) -> Tensor:
+        """T5's relative position bias `[B, H, S, capacity]` of its first layer, which all layers share (arXiv 1910.10683,
+        section 2.1)."""
+        if self.relative_bias is None:
+            distance = self.key_positions().squeeze(1) - self.position_ids.unsqueeze(-1)
+            bucket = module._relative_position_bucket(
+                distance, bidirectional=False, num_buckets=module.relative_attention_num_buckets,
+                max_distance=module.relative_attention_max_distance,
+            )  # fmt: skip
+            self.relative_bias = module.relative_attention_bias(bucket).permute(0, 3, 1, 2)
+        return self.relative_bias
+
+
+def attention_node(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The standard operator: query `[B, H, S, D]`, key and value `[B, H_kv, L, D]`, mask bool or float, broadcast to
+    `[B, H, S, L]` → `[B, H, S, D]`."""
+    inputs = [query, key, value] if mask is None else [query, key, value, mask]
+    return symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=query.shape, version=24)
+
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, edgevlm_cache: _StaticCache | None = None, sliding_window: int | None = None, **_: Any,
+    scaling: float | None = None, edgevlm_cache: StaticCache | None = None, edgevlm_mask: Tensor | None = None,
+    sliding_window: int | None = None, position_bias: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: query `[B, H, S, D]`, key and value `[B, H_kv, S, D]` → `[B, S, H, D]`."""
-    mask = attention_mask
-    if edgevlm_cache is not None:
-        key = edgevlm_cache.store(2 * module.layer_idx, key)
-        value = edgevlm_cache.store(2 * module.layer_idx + 1, value)
-        mask = edgevlm_cache.mask(sliding_window)
-    inputs = [query, key, value] if mask is None else [query, key, value, mask]
+    mask, bias = edgevlm_mask if edgevlm_mask is not None else attention_mask, position_bias
+    cache = edgevlm_cache
+    if cache is not None and (getattr(module, "is_cross_attention", False) or not module.is_causal):
+        key, value = cache.cross[2 * module.layer_idx : 2 * module.layer_idx + 2]
+        mask, bias = cache.cross_mask, None
+    elif cache is not None:
+        key = cache.store(2 * module.layer_idx, key)
+        value = cache.store(2 * module.layer_idx + 1, value)
+        mask = cache.mask(sliding_window)
+        if position_bias is not None:
+            bias = cache.bias(module)
+    if bias is not None:
+        # One mask of floats: what may not be seen gets the least number there is, as transformers has it.
+        bias = bias.to(query.dtype)
+        mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    out = symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=query.shape, version=24)
-    return out.transpose(1, 2), None
+    return attention_node(query, key, value, mask, scale).transpose(1, 2), None
 
 
 # Not in transformers' table of mask functions, so a model hands no mask of its own to it.
 AttentionInterface.register(ATTENTION, _attention)
+
+
+class Embedding(nn.Module):
+    """input_ids int64 `[B, S]` → `[B, S, hidden]`."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table(input_ids)
 
 
 class CachedDecoder(nn.Module):
@@ -95,22 +165,41 @@ class CachedDecoder(nn.Module):
     past `2·layers × [B, H_kv, capacity, D]`) → logits `[B, 1, vocabulary]` of the chosen row, then the cache.
     New rows are written from `position_ids[:, 0]` on; a query sees the keys at positions up to its own. Rows of a
     right-padded batch write rubbish behind their end, which no query sees before it is overwritten.
+
+    With `cross_layers`, a bool mask `[B, S, cross_length]` and as many pairs `[B, H, cross_length, D]` follow.
+
+    Families whose model is called in another way override `hidden_states`.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, layers: int, cross_layers: int = 0) -> None:
         super().__init__()
         self.language_model, self.lm_head = language_model, lm_head
+        self.layers, self.cross_layers = layers, cross_layers
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, last_token_index: Tensor, *past: Tensor
+        self, inputs_embeds: Tensor, position_ids: Tensor, last_token_index: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        cache = _StaticCache(past, position_ids)
-        hidden = self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            past_key_values=_NewRows(),
-            use_cache=True,
-            edgevlm_cache=cache,
-        ).last_hidden_state
+        past, rest = tensors[: 2 * self.layers], tensors[2 * self.layers :]
+        mask = rest[0].unsqueeze(1) if self.cross_layers else None
+        cache = StaticCache(past, position_ids, rest[1:], mask)
+        hidden = self.hidden_states(inputs_embeds, position_ids, cache)
         row = last_token_index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         return (self.lm_head(torch.gather(hidden, 1, row)), *cache.present)
+
+    def hidden_states(self, inputs_embeds: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
+        """`[B, S, hidden]`, what the head reads."""
+        return self.language_model(
+            inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=NewRows(), use_cache=True,
+            edgevlm_cache=cache,
+        ).last_hidden_state  # fmt: skip
+
+
+class CrossDecoder(CachedDecoder):
+    """A decoder behind an encoder, as T5's: it counts its own positions and asks the cache for cross keys and values."""
+
+    def hidden_states(self, inputs_embeds: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
+        # The states themselves are not read, since keys and values are known; that they are there switches reading on.
+        return self.language_model(
+            inputs_embeds=inputs_embeds, encoder_hidden_states=inputs_embeds,
+            past_key_values=_CrossKeysKnown(cache.cross), use_cache=True, edgevlm_cache=cache,
+        ).last_hidden_state  # fmt: skip

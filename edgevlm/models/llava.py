@@ -8,7 +8,6 @@ Parts: `vision_encoder`, `projector`, `embed_tokens`, `decoder`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,14 @@ from ..bundle import ImageTokens, KVCache, Manifest
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from ..prompt import Prompt, PromptBuilder, Request
     from . import PartSpec, RunPart
 
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
 ALIASES = {"llava": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
 
 PARTS = ("vision_encoder", "projector", "embed_tokens", "decoder")
+PICTURES = (0, None)
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 DECODERS = ("llama", "mistral", "qwen2")
@@ -42,7 +43,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     for what, is_, known in (("vision tower", tower, TOWERS), ("decoder", decoder, DECODERS)):
         if is_ not in known:
             raise UnsupportedModelError(f"LLaVA with the {what} {is_!r} is not supported; supported are {', '.join(known)}.")
-    text = config.get("text_config", {})
+    check_rotary(config.get("text_config", {}))
+
+
+def check_rotary(text: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError where the angles would depend on the length of the sequence."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROTARY:
@@ -64,7 +69,7 @@ def weight_name(name: str) -> str:
     return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
 
 
-def _modules() -> tuple[type[Any], type[Any]]:
+def _vision_encoder() -> type[Any]:
     import torch
     from torch import Tensor, nn
 
@@ -81,38 +86,24 @@ def _modules() -> tuple[type[Any], type[Any]]:
             chosen = [states[layer][:, self.first :] for layer in self.layers]
             return chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1)
 
-    class Embedding(nn.Module):
-        def __init__(self, table: nn.Module) -> None:
-            super().__init__()
-            self.table = table
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.table(input_ids)
-
-    return VisionEncoder, Embedding
+    return VisionEncoder
 
 
 def part_specs(model: Any, dtype: str) -> list[PartSpec]:
-    from . import PartSpec
-    from .decoder import CachedDecoder
+    from . import PartSpec, decoder_spec, embedding_spec
+    from .decoder import CachedDecoder, Embedding
 
     config, body = model.config, model.model
     vision, text = config.vision_config, config.text_config
-    encoder_class, embedding_class = _modules()
     layers = config.vision_feature_layer
     width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
     places, hidden = image_places(config), text.hidden_size
     kv = kv_cache(text, dtype)
-    cache = {
-        f"past_key_values.{layer}.{which}": (("batch_size", kv.heads, "capacity", kv.head_dim), dtype)
-        for layer in range(kv.layers)
-        for which in ("key", "value")
-    }
     pixels = ("batch_size", vision.num_channels, vision.image_size, vision.image_size)
     return [
         PartSpec(
             "vision_encoder",
-            encoder_class(body.vision_tower, layers, config.vision_feature_select_strategy),
+            _vision_encoder()(body.vision_tower, layers, config.vision_feature_select_strategy),
             {"pixel_values": (pixels, dtype)},
             {"vision_features": (("batch_size", places, width), dtype)},
         ),
@@ -122,25 +113,9 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
             {"vision_features": (("batch_size", "image_tokens", width), dtype)},
             {"image_features": (("batch_size", "image_tokens", hidden), dtype)},
         ),
-        PartSpec(
-            "embed_tokens",
-            embedding_class(body.language_model.embed_tokens),
-            {"input_ids": (("batch_size", "sequence_length"), "int64")},
-            {"inputs_embeds": (("batch_size", "sequence_length", hidden), dtype)},
-        ),
-        PartSpec(
-            "decoder",
-            CachedDecoder(body.language_model, model.lm_head),
-            {
-                "inputs_embeds": (("batch_size", "sequence_length", hidden), dtype),
-                "position_ids": (("batch_size", "sequence_length"), "int64"),
-                "last_token_index": (("batch_size",), "int64"),
-                **cache,
-            },
-            {
-                "logits": (("batch_size", 1, text.vocab_size), dtype),
-                **{name.replace("past_key_values", "present"): value for name, value in cache.items()},
-            },
+        embedding_spec(Embedding(body.language_model.embed_tokens), hidden, dtype),
+        decoder_spec(
+            CachedDecoder(body.language_model, model.lm_head, kv.layers), kv, None, hidden, text.vocab_size, dtype
         ),
     ]
 
@@ -158,6 +133,8 @@ def kv_cache(text: Any, dtype: str) -> KVCache:
 
 
 def describe(folder: Path, config: Any, dtype: str) -> Manifest:
+    from . import added_token
+
     text = config.text_config
     return Manifest(
         family="llava",
@@ -166,24 +143,40 @@ def describe(folder: Path, config: Any, dtype: str) -> Manifest:
         context_length=text.max_position_embeddings,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        image=ImageTokens(token=_image_token(folder, config), token_id=config.image_token_id, places=image_places(config)),
+        image=ImageTokens(added_token(folder, config.image_token_id), config.image_token_id, image_places(config)),
     )
-
-
-def _image_token(folder: Path, config: Any) -> str:
-    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    names = {entry["id"]: entry["content"] for entry in table.get("added_tokens", [])}
-    if config.image_token_id not in names:
-        raise UnsupportedModelError(
-            f"config.json says that the image token is number {config.image_token_id}, but tokenizer.json adds no token with "
-            "that number. Save the processor that belongs to this checkpoint into its folder."
-        )
-    return str(names[config.image_token_id])
 
 
 # -------------------------------------------------------------------------------------------- the robot
 
 
-def embed_image(run: RunPart, pixel_values: np.ndarray) -> np.ndarray:
+def build_prompt(builder: PromptBuilder, manifest: Manifest, request: Request) -> Prompt:
+    return builder.build(request)
+
+
+def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:
     features = run("vision_encoder", {"pixel_values": pixel_values[None]})["vision_features"]
     return run("projector", {"vision_features": features})["image_features"][0]
+
+
+# ---------------------------------------------------------------------------------------- the reference
+
+
+def load_reference(folder: Path) -> Any:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+def process(processor: Any, request: Request, text: str) -> Mapping[str, np.ndarray]:
+    batch = processor(text=text, images=list(request.images) or None, return_tensors="np")
+    return {"input_ids": batch["input_ids"][0]} | ({"pixel_values": batch["pixel_values"]} if request.images else {})
+
+
+def reference_inputs(model: Any, prompt: Prompt, pixel_values: np.ndarray) -> Mapping[str, Any]:
+    import torch
+
+    pixels = {"pixel_values": torch.from_numpy(pixel_values)} if len(pixel_values) else {}
+    ids = torch.tensor([prompt.ids])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..bundle import Part
 from ..errors import InputError
-from .base import Backend, BackendUnavailable, PartSession, State
+from .base import Backend, BackendUnavailable, Memory, PartSession, State
 from .ort import CPU, CUDA
 
-__all__ = ["BACKENDS", "Backend", "Choice", "PartSession", "State", "open_part"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Memory", "PartSession", "State", "open_part"]
 
 BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (CUDA(), CPU())}
 

@@ -6,7 +6,7 @@ Checks live here, in the public methods; a backend implements the ones with an u
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ..bundle import Part
 from ..errors import BundleError
 
-__all__ = ["Backend", "PartSession", "State"]
+__all__ = ["Backend", "Memory", "PartSession", "State"]
 
 
 class State(ABC):
@@ -29,23 +29,47 @@ class State(ABC):
         """Makes room for more positions; what is stored stays."""
 
 
+class Memory(ABC):
+    """Tensors that a part only reads, kept on its device from run to run: cross-attention keys and values,
+    `[B, heads, length, head_dim]` each, longer or shorter as pictures come and go."""
+
+    length: int
+    inputs: frozenset[str]
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` rows."""
+
+    @abstractmethod
+    def append(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Adds rows `[B, heads, n, head_dim]` to every tensor."""
+
+
 class PartSession(ABC):
     """One part, opened on one backend."""
 
     def __init__(self, name: str, part: Part) -> None:
         self.name, self.part = name, part
 
-    def run(self, feeds: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], state: State | None = None, memory: Memory | None = None
+    ) -> dict[str, np.ndarray]:
         """Runs the part. Floating-point feeds are cast to what it takes; outputs that are state are not returned.
 
         Raises BundleError where names or shapes are not the part's: the bundle and the runtime disagree.
         """
-        wanted = [name for name in self.part.inputs if state is None or name not in state.inputs]
+        held = (state.inputs if state else frozenset()) | (memory.inputs if memory else frozenset())
+        wanted = [name for name in self.part.inputs if name not in held]
         if set(feeds) != set(wanted):
             given = ", ".join(sorted(feeds)) or "none"
             raise BundleError(f"The part {self.name} takes the inputs {', '.join(wanted)}; it was given {given}.")
         ready: dict[str, np.ndarray] = {}
-        sizes: dict[str, int] = {}  # of the dimensions that have a name, which is one size in all inputs
+        # Of the dimensions that have a name, which is one size in all inputs.
+        sizes: dict[str, int] = {}
+        for name in memory.inputs if memory else ():
+            length = self.part.inputs[name].shape[2]
+            assert isinstance(length, str)
+            sizes[length] = memory.length  # type: ignore[union-attr]
         for name in wanted:
             array, info = feeds[name], self.part.inputs[name]
             fits = len(array.shape) == len(info.shape) and all(
@@ -57,14 +81,18 @@ class PartSession(ABC):
                     f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}."
                 )
             ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
-        return self._run(ready, state)
+        return self._run(ready, state, memory)
 
     @abstractmethod
     def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
         """Zeroed state tensors for the given input → output names."""
 
     @abstractmethod
-    def _run(self, feeds: dict[str, np.ndarray], state: State | None) -> dict[str, np.ndarray]: ...
+    def new_memory(self, names: Sequence[str], batch: int) -> Memory:
+        """Memory without rows for the given inputs."""
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, np.ndarray], state: State | None, memory: Memory | None) -> dict[str, np.ndarray]: ...
 
 
 class Backend(ABC):

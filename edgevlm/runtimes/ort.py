@@ -8,7 +8,7 @@ not run: no machine with a GPU was at hand.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle import Part
 from ..errors import BundleError, MissingDependencyError
-from .base import Backend, BackendUnavailable, PartSession, State
+from .base import Backend, BackendUnavailable, Memory, PartSession, State
 
 __all__ = ["CPU", "CUDA", "OLDEST"]
 
@@ -69,10 +69,46 @@ class _OrtState(State):
         for name in self._session.part.outputs:
             if name not in self._pairs.values():
                 self.binding.bind_output(name)
+        self._read: tuple[_OrtMemory, int] | None = None
+
+    def read(self, memory: _OrtMemory) -> None:
+        """Binds what the memory holds now, unless it is bound."""
+        if self._read != (memory, memory.version):
+            for name, value in memory.values.items():
+                self.binding.bind_ortvalue_input(name, value)
+            self._read = memory, memory.version
 
     @property
     def state_outputs(self) -> set[str]:
         return set(self._pairs.values())
+
+
+class _OrtMemory(Memory):
+    def __init__(self, session: _OrtSession, names: Sequence[str], batch: int) -> None:
+        self._device, self.inputs = session.device, frozenset(names)
+        self.length = self.version = 0
+        self._arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            _, heads, _, head_dim = session.part.inputs[name].shape
+            assert isinstance(heads, int)
+            assert isinstance(head_dim, int)
+            self._arrays[name] = np.zeros((batch, heads, 0, head_dim), session.part.inputs[name].dtype)
+        self.values: dict[str, Any] = {}
+
+    def truncate(self, length: int) -> None:
+        if length < self.length:
+            self._hold({name: np.ascontiguousarray(array[:, :, :length]) for name, array in self._arrays.items()})
+
+    def append(self, rows: Mapping[str, np.ndarray]) -> None:
+        self._hold({name: np.concatenate([a, rows[name].astype(a.dtype)], 2) for name, a in self._arrays.items()})
+
+    def _hold(self, arrays: dict[str, np.ndarray]) -> None:
+        ort = _onnxruntime()
+        self._arrays, self.length = arrays, next(iter(arrays.values())).shape[2]
+        # A tensor without rows has no address that could be bound.
+        rows = arrays.items() if self.length else ()
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in rows}
+        self.version += 1
 
 
 class _OrtSession(PartSession):
@@ -84,11 +120,17 @@ class _OrtSession(PartSession):
     def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
         return _OrtState(self, pairs, batch, capacity)
 
-    def _run(self, feeds: dict[str, np.ndarray], state: State | None) -> dict[str, np.ndarray]:
+    def new_memory(self, names: Sequence[str], batch: int) -> Memory:
+        return _OrtMemory(self, names, batch)
+
+    def _run(self, feeds: dict[str, np.ndarray], state: State | None, memory: Memory | None) -> dict[str, np.ndarray]:
         try:
             if state is None:
                 return dict(zip(self._order, self.session.run(self._order, feeds), strict=True))
             assert isinstance(state, _OrtState)
+            if memory is not None:
+                assert isinstance(memory, _OrtMemory)
+                state.read(memory)
             for name, array in feeds.items():
                 state.binding.bind_cpu_input(name, array)
             self.session.run_with_iobinding(state.binding)
