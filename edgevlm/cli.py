@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("export", _export, "Turn a Hugging Face checkpoint into a bundle.")
-    sub.add_argument("--model", required=True, help="alias (llava), Hub id, local folder, or shipped model (demo/llava)")
+    sub.add_argument("--model", required=True, help="alias (llava, blip2, flamingo), Hub id, local folder, or shipped model (demo/llava)")
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
     sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
@@ -199,6 +199,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
 
     manifest = bundle.manifest
+    cross, cross_text = manifest.cross_attention, ""
+    if cross:
+        made = f"{cross.places} rows a picture" if cross.source == "images" else "one row a token of the prompt"
+        cross_text = f"{cross.layers} layers, {cross.heads} heads of {cross.head_dim}, {made}"
     console = make_console()
     print_parts(bundle, make_console(), shapes=True)
     facts = {
@@ -208,7 +212,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "context length": f"{manifest.context_length:,} tokens",
         "KV cache": f"{manifest.kv_cache.bytes_per_token() / 1e3:,.1f} kB a token ({manifest.kv_cache.layers} layers, "
         f"{manifest.kv_cache.heads} heads of {manifest.kv_cache.head_dim}, {manifest.kv_cache.dtype})",
-        "picture": f"{manifest.image.places} tokens ({manifest.image.token})",
+        "picture": f"{manifest.image.places} tokens ({manifest.image.token or 'in front of the text'})",
+        **({"cross-attention": cross_text} if cross_text else {}),
         "files": f"{len(manifest.files)}, {sum(f.size for f in manifest.files.values()) / 1e6:,.1f} MB",
         **{f"made with {k}" if k not in ("checkpoint", "architecture") else k: v for k, v in manifest.provenance.items()},
     }

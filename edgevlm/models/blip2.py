@@ -47,6 +47,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"BLIP-2 with the language model {decoder!r} is not supported; supported are {', '.join(DECODERS)}."
         )
     llava.check_rotary(text)
+    width, hidden = text.get("word_embed_proj_dim"), text.get("hidden_size")
+    if width and hidden and width > hidden:
+        raise UnsupportedModelError(f"The embeddings are {width} wide, what the queries found only {hidden}; it cannot fill them.")
     queries = config.get("num_query_tokens", 32)
     if not isinstance(queries, int) or queries < 1:
         raise UnsupportedModelError(f"config.json has num_query_tokens = {queries!r}; it is a whole number of 1 or more.")
@@ -97,9 +100,9 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
         ),
         PartSpec(
             "projector",
-            model.language_projection,
+            model.language_projection if width == text.hidden_size else modules["cut"](model.language_projection, width),
             {"query_features": found},
-            {"image_features": (("batch_size", queries, text.hidden_size), dtype)},
+            {"image_features": (("batch_size", queries, width), dtype)},
         ),
         embedding_spec(Embedding(model.get_input_embeddings()), width, dtype),
     ]
@@ -164,6 +167,19 @@ def _modules() -> dict[str, type[Any]]:
             ).last_hidden_state
             return states[:, : queries.shape[1]]
 
+    class CutProjection(nn.Module):
+        """For embeddings narrower than the projection: transformers fills the places with the first of its numbers, in
+        their order (`masked_scatter`), and so does a checkpoint that was trained there."""
+
+        def __init__(self, projection: nn.Module, width: int) -> None:
+            super().__init__()
+            self.projection, self.width = projection, width
+
+        def forward(self, query_features: Tensor) -> Tensor:
+            queries = query_features.shape[1]
+            numbers = self.projection(query_features).flatten(1)[:, : queries * self.width]
+            return numbers.view(-1, queries, self.width)
+
     class TextEncoder(nn.Module):
         """inputs_embeds `[B, S, hidden]`, attention_mask bool `[B, S]` → `[B, S, hidden]`."""
 
@@ -201,8 +217,8 @@ def _modules() -> dict[str, type[Any]]:
             return super().hidden_states(inputs_embeds, position_ids, cache) * self.scale
 
     return {
-        "vision": VisionEncoder, "qformer": QFormer, "instructed": InstructedQFormer, "text_encoder": TextEncoder,
-        "cross_kv": CrossKV, "decoder": T5Decoder,
+        "vision": VisionEncoder, "qformer": QFormer, "instructed": InstructedQFormer, "cut": CutProjection,
+        "text_encoder": TextEncoder, "cross_kv": CrossKV, "decoder": T5Decoder,
     }  # fmt: skip
 
 
@@ -247,7 +263,7 @@ def describe(folder: Path, config: Any, dtype: str) -> Manifest:
 
     text = config.text_config
     token_id = getattr(config, "image_token_index", None)
-    known = token_id is not None  # checkpoints from before transformers 4.46 have no image token, and the same places
+    known = token_id is not None and token_id >= 0  # checkpoints from before transformers 4.46 have no image token, and the same places
     manifest = Manifest(
         family="blip2",
         dtype=dtype,

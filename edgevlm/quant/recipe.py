@@ -60,12 +60,18 @@ class Recipe:
         return {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
 
 
+#: T5's table of position biases: a few hundred numbers that every layer adds to its scores.
+_BIASES = Rule("float", weights="*.relative_attention_bias.*")
+
 #: int4 keeps at eight bits what costs little and hurts most: embeddings, the output head, the vision side.
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("int8", (Rule("int8"),)),
-        Recipe("int4", (Rule("int8", "decoder", "lm_head.*"), Rule("int4", "decoder"), Rule("int8"))),
+        Recipe("int8", (_BIASES, Rule("int8"))),
+        Recipe(
+            "int4",
+            (_BIASES, Rule("int8", "decoder", "*lm_head.*"), Rule("int4", "decoder"), Rule("int4", "text_encoder"), Rule("int8")),
+        ),
     )
 }
 
