@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("export", _export, "Turn a Hugging Face checkpoint into a bundle.")
-    sub.add_argument("--model", required=True, help="alias (llava, blip2, flamingo), Hub id, local folder, or shipped model (demo/llava)")
+    sub.add_argument(
+        "--model", required=True, help="alias (llava, blip2, flamingo), Hub id, local folder, or shipped model (demo/llava)"
+    )
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
     sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
@@ -103,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "Show what this machine offers, what is missing, and how to get it.")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("demo", _demo, "Export, quantize, verify and score the shipped model.")
+    sub = command("demo", _demo, "Export, quantize, verify and score the shipped models.")
+    sub.add_argument(
+        "--model", action="append", metavar="NAME", help="llava, blip2 or flamingo; may be given several times (default: all)"
+    )
     sub.add_argument("--output", type=Path, default=Path("build/demo"), help="where the bundles go (default: build/demo)")
     sub.add_argument("--questions", type=int, default=1000, help="held-out questions to score on (default: 1000)")
     return parser
@@ -244,8 +249,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     with _extra("export"):
-        from .demo import run_demo
-    run_demo(arguments.output, arguments.questions, make_console())
+        from .demo import MODELS, run_demo
+    run_demo(arguments.output, arguments.questions, make_console(), arguments.model or MODELS)
     return 0
 
 

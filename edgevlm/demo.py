@@ -1,15 +1,16 @@
-"""`edgevlm demo`: the whole path on the shipped model, from checkpoint to scores, in about two minutes on two cores."""
+"""`edgevlm demo`: the whole path on the shipped models, from checkpoint to scores, in a few minutes on two cores."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, Bundle
-from .errors import OutputError
+from .errors import InputError, OutputError
 from .evaluate import Score, blind_answers, score_answers, score_scenes
 from .export.export import export_bundle
 from .quant.quantize import quantize_bundle
@@ -18,74 +19,99 @@ from .tables import print_report
 from .verify import verify_bundle
 from .vlm import VLM
 
-__all__ = ["run_demo"]
+__all__ = ["MODELS", "run_demo"]
 
-MODEL = "demo/llava"
+MODELS = ("llava", "blip2", "flamingo")
+BUNDLES = ("float", "int8", "int4")
 SCENE = 11_000_067
 QUESTIONS = ("How many balls are there?", "Is the red ball left of the yellow star?", "Describe the scene.")
+SHOTS = (0, 4, 8)
 
 
-def run_demo(output: Path, questions: int, console: Any) -> None:
-    """Exports, quantizes, verifies, asks and scores; leaves bundles, the picture and `summary.json` in `output`."""
+def run_demo(output: Path, questions: int, console: Any, models: Sequence[str] = MODELS) -> None:
+    """Exports, quantizes, verifies, asks and scores; leaves bundles, the picture and `summary.json` in `output`.
+
+    Raises InputError for a model that is not shipped, OutputError where `output` holds something else.
+    """
     from rich.progress import Progress
     from rich.table import Table
 
-    _clear(output)
-    folders = {kind: output / f"llava-{kind}" for kind in ("float", "int8", "int4")}
-    console.print(f"[bold]1. Export[/] {MODEL} to ONNX and quantize it")
-    export_bundle(MODEL, folders["float"])
-    for kind in ("int8", "int4"):
-        quantize_bundle(folders["float"], folders[kind], kind)
+    unknown = [name for name in models if name not in MODELS]
+    if unknown or not models:
+        raise InputError(f"The shipped models are {', '.join(MODELS)}; {', '.join(unknown) or 'none'} was asked for.")
+    _clear(output, models)
+    folders = {(name, kind): output / f"{name}-{kind}" for name in models for kind in BUNDLES}
+    console.print(f"[bold]1. Export[/] {', '.join(f'demo/{name}' for name in models)} to ONNX and quantize them")
+    for name in models:
+        export_bundle(f"demo/{name}", folders[name, "float"])
+        for kind in BUNDLES[1:]:
+            quantize_bundle(folders[name, "float"], folders[name, kind], kind)
 
-    console.print("\n[bold]2. Verify[/] the float bundle against PyTorch")
-    report = verify_bundle(folders["float"], MODEL)
-    print_report(report, console)
+    console.print("\n[bold]2. Verify[/] the float bundles against PyTorch")
+    reports = {name: verify_bundle(folders[name, "float"], f"demo/{name}") for name in models}
+    for report in reports.values():
+        print_report(report, console)
 
     console.print("\n[bold]3. Ask[/] about a scene")
     picture = render_scene(sample_scene(SCENE), 336)
     picture.save(output / "scene.png")
-    vlm = VLM.load(folders["int4"])
-    for text in QUESTIONS:
-        reply = vlm.generate(text, images=[picture])
-        console.print(f"   {text}  [bold]{reply.text}[/]   ({reply.timings.first_token:.0f} ms to the first token)")
-    console.print(f"   The picture is {output / 'scene.png'}; ask more: edgevlm run {folders['int4']} --image … --prompt …")
+    for name in models:
+        vlm = VLM.load(folders[name, "int4"])
+        for text in QUESTIONS:
+            reply = vlm.generate(text, images=[picture])
+            first = f"({reply.timings.first_token:.0f} ms to the first token)"
+            console.print(f"   {name:<9} {text}  [bold]{reply.text.strip()}[/]   {first}")
+    example = folders[models[0], "int4"]
+    console.print(f"   The picture is {output / 'scene.png'}; ask more: edgevlm run {example} --image … --prompt …")
 
     console.print(f"\n[bold]4. Score[/] each on {questions} questions about scenes that no training has seen")
     heldout = list(heldout_questions(questions))
     scores: dict[str, Score] = {"blind": score_answers(blind_answers(heldout))}
+    few_shot: dict[int, Score] = {}
     with Progress(console=console, transient=True) as bars:
-        for kind, folder in folders.items():
-            task = bars.add_task(kind, total=len(heldout))
-            scores[kind] = score_scenes(VLM.load(folder), heldout, step=lambda task=task: bars.advance(task))  # type: ignore[misc]
+
+        def score(folder: Path, title: str, shots: int = 0) -> Score:
+            task = bars.add_task(title, total=len(heldout))
+            return score_scenes(VLM.load(folder), heldout, shots=shots, step=lambda: bars.advance(task))
+
+        for (name, kind), folder in folders.items():
+            scores[f"{name} {kind}"] = score(folder, f"{name} {kind}")
+        if "flamingo" in models:
+            few_shot[0] = scores["flamingo float"]
+            for shots in SHOTS[1:]:
+                few_shot[shots] = score(folders["flamingo", "float"], f"flamingo, {shots} shots", shots)
     console.print(_score_table(scores, Table))
+    if few_shot:
+        shown = ", ".join(f"{shots} shots {result.percent():.1f} %" for shots, result in few_shot.items())
+        console.print(f"   Flamingo, float, with examples before the question: {shown}")
 
     console.print("\n[bold]5. Size and speed[/] on this machine (medians; the machine may be busy with other things)")
-    speeds = measure_speed(folders)
+    speeds = measure_speed({f"{name} {kind}": folder for (name, kind), folder in folders.items()})
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "weights MB", "exact match", "vision ms", "prefill ms", "first token ms", "tokens/s"):
         table.add_column(column, justify="right" if column else "left")
-    for kind, folder in folders.items():
+    for (name, kind), folder in folders.items():
         size = sum(part.size for part in Bundle.open(folder, check_files=False).manifest.parts.values()) / 1e6
-        s = speeds[kind]
+        s = speeds[f"{name} {kind}"]
         table.add_row(
-            kind, f"{size:.2f}", f"{scores[kind].percent():.1f} %", f"{s['vision']:.1f}", f"{s['prefill']:.1f}",
-            f"{s['first_token']:.1f}", f"{s['tokens_per_second']:.0f}",
+            f"{name} {kind}", f"{size:.2f}", f"{scores[f'{name} {kind}'].percent():.1f} %", f"{s['vision']:.1f}",
+            f"{s['prefill']:.1f}", f"{s['first_token']:.1f}", f"{s['tokens_per_second']:.0f}",
         )  # fmt: skip
     console.print(table)
     summary = {
         "scores": {name: {k: score.percent(k) for k in KINDS} | {"all": score.percent()} for name, score in scores.items()},
+        "few_shot": {str(shots): result.percent() for shots, result in few_shot.items()},
         "speed": speeds,
-        "parity": report.to_dict(),
+        "parity": {name: report.to_dict() for name, report in reports.items()},
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _clear(output: Path) -> None:
+def _clear(output: Path, models: Sequence[str]) -> None:
     """Only what an earlier demo left is replaced."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; give a folder as --output.")
-    for kind in ("float", "int8", "int4"):
-        folder = output / f"llava-{kind}"
+    for folder in (output / f"{name}-{kind}" for name in models for kind in BUNDLES):
         if folder.exists() and not (folder / MANIFEST).is_file():
             raise OutputError(f"{folder} exists and is no bundle. Give another --output.")
         shutil.rmtree(folder, ignore_errors=True)

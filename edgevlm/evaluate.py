@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .scenes import KINDS, SPLITS, Question, Scene, ask_all, render_scene, sample_scene
 from .vlm import VLM
@@ -38,19 +39,47 @@ def score_answers(pairs: Iterable[tuple[Question, str]]) -> Score:
 
 
 def score_scenes(
-    vlm: VLM, questions: Iterable[tuple[Scene, Question]], *, side: int = 224, step: Callable[[], None] = lambda: None
+    vlm: VLM,
+    questions: Iterable[tuple[Scene, Question]],
+    *,
+    side: int = 224,
+    shots: int = 0,
+    step: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Asks a model about pictures of `side` pixels, one question at a time, greedily."""
+    """Asks a model about pictures of `side` pixels, one question at a time, greedily.
+
+    With `shots`, as many training scenes with a question and its answer come before, as earlier turns of a chat; which
+    ones depends on the question asked alone.
+    """
 
     def answers() -> Iterable[tuple[Question, str]]:
         shown, picture = None, None
-        for scene, question in questions:
+        for number, (scene, question) in enumerate(questions):
             if scene is not shown:
                 shown, picture = scene, render_scene(scene, side)
-            yield question, vlm.generate(question.text, images=[picture], max_new_tokens=48).text
+            if shots:
+                chat = [turn for example in _examples(shots, number) for turn in _turns(*example, side)]
+                reply = vlm.generate(messages=[*chat, _ask(picture, question.text)], max_new_tokens=48)
+            else:
+                reply = vlm.generate(question.text, images=[picture], max_new_tokens=48)
+            yield question, reply.text
             step()
 
     return score_answers(answers())
+
+
+def _examples(count: int, seed: int) -> list[tuple[Scene, Question]]:
+    rng = random.Random(f"shots {seed}")
+    scenes = [sample_scene(rng.choice(SPLITS["train"])) for _ in range(count)]
+    return [(scene, rng.choice(ask_all(scene))) for scene in scenes]
+
+
+def _turns(scene: Scene, question: Question, side: int) -> list[dict[str, Any]]:
+    return [_ask(render_scene(scene, side), question.text), {"role": "assistant", "content": question.answer}]
+
+
+def _ask(picture: Any, text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}
 
 
 def blind_answers(questions: Iterable[tuple[Scene, Question]], scenes: int = 3000) -> Iterable[tuple[Question, str]]:

@@ -69,9 +69,7 @@ class Decoder:
         self._blocks += [(key, next(iter(tensors.values())).shape[2]) for key, tensors in made]
         return len(made)
 
-    def forward(
-        self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray, visible: np.ndarray | None = None
-    ) -> np.ndarray:
+    def forward(self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
         """Writes rows `[B, S, hidden]` at positions `start[b]`… and returns the logits `[B, vocabulary]` of row `last[b]`.
 
         `visible`, bool `[B, S, cross_length]`, says what each row sees through cross-attention. Rows behind `last[b]` are

@@ -39,7 +39,7 @@ class Reference:
                 module.generation_config = _greedy(module.generation_config)
 
     def process(self, request: Request, text: str) -> Mapping[str, np.ndarray]:
-        """See `Family.process`. Raises ValueError where this processor cannot be compared with."""
+        """See `Family.process`."""
         return self._family.process(self.processor, request, text)
 
     def run_part(self, spec: PartSpec, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

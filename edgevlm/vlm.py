@@ -170,9 +170,7 @@ class VLM:
         instruction = Tokenizer.from_folder(bundle.folder / "qformer_tokenizer") if manifest.instruction_length else None
         self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places, instruction)
         self._stop = _stop_ids(bundle.folder, tokenizer)
-        self._cache = PrefixCache(
-            Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention)
-        )
+        self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
         self._features = _Features()
         self._lock = threading.Lock()
         self._serving: int | None = None

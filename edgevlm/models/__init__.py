@@ -78,9 +78,7 @@ class Family(Protocol):
     def encode_image(self, run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> Embedded:
         """float `[3, H, W]` of one picture, through the parts that see nothing but the picture."""
 
-    def embed_image(
-        self, run: RunPart, manifest: Manifest, encoded: Embedded, instruction: Sequence[int]
-    ) -> Embedded:
+    def embed_image(self, run: RunPart, manifest: Manifest, encoded: Embedded, instruction: Sequence[int]) -> Embedded:
         """What `encode_image` gave, through the part that reads the instruction too. Only families whose bundles have an
         `instruction_length` offer it."""
 
@@ -108,9 +106,7 @@ def cross_tensors(cross: CrossAttention, length: str) -> dict[str, tuple[tuple[i
     return {f"cross_key_values.{n}.{which}": (shape, cross.dtype) for n in range(cross.layers) for which in ("key", "value")}
 
 
-def decoder_spec(
-    module: Any, kv: KVCache, cross: CrossAttention | None, hidden: int, vocabulary: int, dtype: str
-) -> PartSpec:
+def decoder_spec(module: Any, kv: KVCache, cross: CrossAttention | None, hidden: int, vocabulary: int, dtype: str) -> PartSpec:
     """The part `decoder` around a `CachedDecoder`; its interface is the same in all families."""
     shape = ("batch_size", kv.heads, "capacity", kv.head_dim)
     cache = {f"past_key_values.{n}.{which}": (shape, dtype) for n in range(kv.layers) for which in ("key", "value")}

@@ -49,7 +49,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     llava.check_rotary(text)
     width, hidden = text.get("word_embed_proj_dim"), text.get("hidden_size")
     if width and hidden and width > hidden:
-        raise UnsupportedModelError(f"The embeddings are {width} wide, what the queries found only {hidden}; it cannot fill them.")
+        raise UnsupportedModelError(
+            f"The embeddings are {width} wide, what the queries found only {hidden}; it cannot fill them."
+        )
     queries = config.get("num_query_tokens", 32)
     if not isinstance(queries, int) or queries < 1:
         raise UnsupportedModelError(f"config.json has num_query_tokens = {queries!r}; it is a whole number of 1 or more.")
@@ -157,8 +159,12 @@ def _modules() -> dict[str, type[Any]]:
             queries = self.queries.expand(vision_features.shape[0], -1, -1)
             return self.qformer(query_embeds=queries, encoder_hidden_states=vision_features).last_hidden_state
 
-    class InstructedQFormer(QFormer):
+    class InstructedQFormer(nn.Module):
         """The same with instruction_ids int64 `[B, T]`, which the queries attend to."""
+
+        def __init__(self, qformer: nn.Module, queries: nn.Parameter) -> None:
+            super().__init__()
+            self.qformer, self.queries = qformer, queries
 
         def forward(self, vision_features: Tensor, instruction_ids: Tensor) -> Tensor:
             queries = self.queries.expand(vision_features.shape[0], -1, -1)
@@ -200,12 +206,12 @@ def _modules() -> dict[str, type[Any]]:
             self.layers = nn.ModuleList([block.layer[1].EncDecAttention for block in decoder.block])
 
         def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-            shape = encoder_hidden_states.shape[:2]
-            return tuple(
-                project(encoder_hidden_states).view(*shape, layer.n_heads, layer.key_value_proj_dim).transpose(1, 2)
-                for layer in self.layers
-                for project in (layer.k, layer.v)
-            )
+            made = []
+            layer: Any
+            for layer in self.layers:
+                shape = (*encoder_hidden_states.shape[:2], layer.n_heads, layer.key_value_proj_dim)
+                made += [project(encoder_hidden_states).view(shape).transpose(1, 2) for project in (layer.k, layer.v)]
+            return tuple(made)
 
     class T5Decoder(CrossDecoder):
         def __init__(self, language: Any, layers: int, cross_layers: int) -> None:
@@ -262,17 +268,17 @@ def describe(folder: Path, config: Any, dtype: str) -> Manifest:
     from . import added_token
 
     text = config.text_config
-    token_id = getattr(config, "image_token_index", None)
-    known = token_id is not None and token_id >= 0  # checkpoints from before transformers 4.46 have no image token, and the same places
+    # Checkpoints from before transformers 4.46 have no image token, and the same places.
+    token_id = -1 if config.image_token_index is None else config.image_token_index
     manifest = Manifest(
         family="blip2",
         dtype=dtype,
         kv_cache=kv_cache(text, dtype),
         # T5 counts distances, not positions; 512 is what it was trained with.
-        context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 512),
+        context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512,
         hidden_size=getattr(text, "word_embed_proj_dim", None) or text.hidden_size,
         vocab_size=text.vocab_size,
-        image=ImageTokens(added_token(folder, token_id) if known else "", token_id if known else -1, config.num_query_tokens),
+        image=ImageTokens(added_token(folder, token_id) if token_id >= 0 else "", token_id, config.num_query_tokens),
         cross_attention=cross_attention(text, dtype),
         instruction_length=config.qformer_config.max_position_embeddings if _reads_instruction(config) else None,
     )
@@ -342,12 +348,16 @@ def load_reference(folder: Path) -> Any:
 
 
 def process(processor: Any, request: Request, text: str) -> Mapping[str, np.ndarray]:
+    old = not processor.num_query_tokens
+    if old:  # it leaves the places to the model, which put them in front; the rest can be compared
+        processor.num_query_tokens = 0
     batch = processor(text=text, images=list(request.images), return_tensors="np")
-    ids = batch["input_ids"][0]
-    if processor.num_query_tokens is None:
-        raise ValueError("the processor belongs to an older transformers, which put the picture's places in front itself")
-    instruction = {"instruction_ids": batch["qformer_input_ids"][0]} if "qformer_input_ids" in batch else {}
-    return {"input_ids": ids, "pixel_values": batch["pixel_values"], **instruction}
+    made = {"pixel_values": batch["pixel_values"]}
+    if not old:
+        made["input_ids"] = batch["input_ids"][0]
+    if "qformer_input_ids" in batch:
+        made["instruction_ids"] = batch["qformer_input_ids"][0]
+    return made
 
 
 def reference_inputs(model: Any, prompt: Prompt, pixel_values: np.ndarray) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ DIALOGUE = (
     "{{ 'Assistant:' if message['role'] == 'assistant' else 'User:' }}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}"
-    f"{{{{ '{IMAGE}{AROUND}' if loop.previtem is defined and loop.previtem['type'] == 'image' else '{AROUND}{IMAGE}{AROUND}' }}}}"
+    f"{{{{ '' if loop.previtem is defined and loop.previtem['type'] == 'image' else '{AROUND}' }}}}{IMAGE}{AROUND}"
     "{% else %}{{ ' ' if loop.first or loop.previtem['type'] == 'text' }}{{ part['text'] }}{% endif %}"
     "{% endfor %}"
     f"{END}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '\n' }}}}Assistant:{{% endif %}}"
@@ -54,7 +54,9 @@ DIALOGUE = (
 def check_config(config: Mapping[str, Any]) -> None:
     llava.check_rotary(config)
     if int(config.get("cross_layer_interval", 1)) < 1:
-        raise UnsupportedModelError(f"config.json has cross_layer_interval = {config['cross_layer_interval']!r}; it is 1 or more.")
+        raise UnsupportedModelError(
+            f"config.json has cross_layer_interval = {config['cross_layer_interval']!r}; it is 1 or more."
+        )
 
 
 def build_model(folder: Path) -> Any:
@@ -140,6 +142,7 @@ def _modules() -> dict[str, type[Any]]:
 
         def forward(self, features: Tensor) -> tuple[Tensor, ...]:
             made = []
+            layer: Any
             for layer in self.layers:
                 shape = (*features.shape[:2], layer.num_heads, layer.head_dim)
                 key = layer.k_proj(features).view(shape).transpose(1, 2)
@@ -175,7 +178,7 @@ def _modules() -> dict[str, type[Any]]:
 
     class Decoder(CachedDecoder):
         def hidden_states(self, inputs_embeds: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-            config = self.language_model.config
+            config: Any = self.language_model.config
             visible = cache.cross_mask  # [B, 1, S, L]
             # The model asks for features; their keys and values are known, so these are not read.
             batch, _, _, length = visible.shape
@@ -253,7 +256,9 @@ def _written(builder: PromptBuilder, request: Request) -> str:
             continue
         words = part.text.strip(" ")
         if " " not in words and urlparse(words).scheme and urlparse(words).netloc:
-            raise PromptError(f"the prompt holds the address {words!r}; nothing is downloaded here: open the picture and pass it")
+            raise PromptError(
+                f"the prompt holds the address {words!r}; nothing is downloaded here: open the picture and pass it"
+            )
         text, before = text + words, "text"
     return text
 

@@ -114,9 +114,7 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
             {"image_features": (("batch_size", "image_tokens", hidden), dtype)},
         ),
         embedding_spec(Embedding(body.language_model.embed_tokens), hidden, dtype),
-        decoder_spec(
-            CachedDecoder(body.language_model, model.lm_head, kv.layers), kv, None, hidden, text.vocab_size, dtype
-        ),
+        decoder_spec(CachedDecoder(body.language_model, model.lm_head, kv.layers), kv, None, hidden, text.vocab_size, dtype),
     ]
 
 

@@ -70,7 +70,13 @@ RECIPES = {
         Recipe("int8", (_BIASES, Rule("int8"))),
         Recipe(
             "int4",
-            (_BIASES, Rule("int8", "decoder", "*lm_head.*"), Rule("int4", "decoder"), Rule("int4", "text_encoder"), Rule("int8")),
+            (
+                _BIASES,
+                Rule("int8", "decoder", "*lm_head.*"),
+                Rule("int4", "decoder"),
+                Rule("int4", "text_encoder"),
+                Rule("int8"),
+            ),
         ),
     )
 }
