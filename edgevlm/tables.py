@@ -48,7 +48,7 @@ def print_parts(bundle: Bundle, console: Any, *, shapes: bool = False) -> None:
 def _describe(tensors: dict[str, Any]) -> str:
     shown = [f"{n} {t.dtype}[{', '.join(map(str, t.shape))}]" for n, t in tensors.items() if "." not in n]
     hidden = len(tensors) - len(shown)
-    return ", ".join(shown) + (f", {hidden} cache tensors" if hidden else "")
+    return ", ".join([*shown, f"{hidden} keys and values"] if hidden else shown)
 
 
 def print_report(report: Any, console: Any) -> None:

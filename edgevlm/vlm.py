@@ -171,6 +171,7 @@ class VLM:
         self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places, instruction)
         self._stop = _stop_ids(bundle.folder, tokenizer)
         self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
+        self._reads_prompt = manifest.decoder_start_id is not None  # in an encoder, and the decoder has the answer alone
         self._features = _Features()
         self._lock = threading.Lock()
         self._serving: int | None = None
@@ -397,8 +398,10 @@ class VLM:
         feed = self._feed(prompt, views, timings)
         began, seen = time.perf_counter(), timings.vision
         read = self._cache.decoder.remember(feed.blocks)
+        if feed.visible is not None and not self._reads_prompt:
+            timings.reused_images += len(feed.blocks) - read  # whose keys and values were still there
         logits, timings.reused_tokens = self._cache.prefill(feed.keys, feed.rows, feed.visible)
-        if self.bundle.manifest.decoder_start_id is not None:  # the prompt was read by an encoder, or it was known
+        if self._reads_prompt:
             timings.reused_tokens = 0 if read else len(prompt.ids)
         visible = None if feed.visible is None else feed.visible[-1]
         rng, text = sampling.generator(), TextStream(self._builder.tokenizer)

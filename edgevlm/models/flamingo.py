@@ -53,9 +53,11 @@ DIALOGUE = (
 
 def check_config(config: Mapping[str, Any]) -> None:
     llava.check_rotary(config)
-    if int(config.get("cross_layer_interval", 1)) < 1:
+    layers, interval = config.get("num_hidden_layers", 32), config.get("cross_layer_interval", 1)
+    if not isinstance(interval, int) or interval < 1 or layers % interval:
         raise UnsupportedModelError(
-            f"config.json has cross_layer_interval = {config['cross_layer_interval']!r}; it is 1 or more."
+            f"config.json has {layers} layers and a cross_layer_interval of {interval!r}; transformers itself takes only an "
+            "interval that divides the layers."
         )
 
 
