@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = SCALES[options.scale]
     try:
         with scratch(options.work / options.scale, False) as folder:
+            print("building Flamingo …", file=sys.stderr, flush=True)
             parts, kv, cross = open_parts(
                 "flamingo",
                 "IdeficsForVisionText2Text",
@@ -242,11 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder / "flamingo",
                 console,
             )
+            print("measuring Flamingo …", file=sys.stderr, flush=True)
             flamingo = measure_flamingo(parts, kv, cross, options.features, options.rounds)
             del parts
+            print("building BLIP-2 …", file=sys.stderr, flush=True)
             parts, kv, _ = open_parts(
                 "blip2", "Blip2ForConditionalGeneration", blip2_config(scale), ("decoder",), folder / "blip2", console
             )
+            print("measuring BLIP-2 …", file=sys.stderr, flush=True)
             blip2 = measure_blip2(parts, kv, options.rows, options.rounds)
     except (MeasurementError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 1. The weight initializer keeps its name and gets the shape `[in, out]`; metadata says that it is stored transposed.
    `[in, out]` is what block-wise DequantizeLinear on axis 0 and MatMul fuse with in ONNX Runtime.
-2. A weight that something else reads too (a tied embedding inside one part) gets a second, transposed initializer.
+2. An input of two dimensions gets a leading 1 for the product: ONNX Runtime would make a `Gemm` of it and its bias, which it
+   does not fuse with quantized weights, and dequantize them at every run.
+3. A weight that something else reads too (a tied embedding inside one part) gets a second, transposed initializer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ def run(model: ir.Model) -> None:
     for node in list(graph):
         if (node.domain, node.op_type) != ("edgevlm", "Linear"):
             continue
+        if node.outputs[0].shape is not None and len(node.outputs[0].shape) == 2:
+            _lift(graph, node)
         x, weight, *bias = node.inputs
         assert x is not None
         assert weight is not None
@@ -36,6 +40,26 @@ def run(model: ir.Model) -> None:
         graph.remove(node, safe=True)
         new[-1].outputs[0].name = name
     model.opset_imports.pop("edgevlm", None)
+
+
+def _lift(graph: ir.Graph, node: ir.Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    assert x is not None
+    assert x.shape is not None
+    assert y.shape is not None
+    axis = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor([0]))])
+    axis.outputs[0].shape, axis.outputs[0].dtype = ir.Shape([1]), ir.DataType.INT64
+    lifted = ir.Node("", "Unsqueeze", [x, axis.outputs[0]])
+    lifted.outputs[0].shape, lifted.outputs[0].type = ir.Shape([1, *x.shape]), x.type
+    flat = ir.Node("", "Squeeze", [y, axis.outputs[0]])
+    _describe(flat.outputs[0], y)
+    ir.convenience.replace_all_uses_with(y, flat.outputs[0], replace_graph_outputs=True)
+    flat.replace_input_with(0, y)
+    graph.insert_before(node, [axis, lifted])
+    graph.insert_after(node, flat)
+    node.replace_input_with(0, lifted.outputs[0])
+    flat.outputs[0].name, y.name = y.name, f"{y.name}_lifted"
+    y.shape = ir.Shape([1, *y.shape])
 
 
 def _describe(value: ir.Value, like: ir.Value) -> None:
