@@ -72,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
+    sub = command("convert", _convert, "Turn published OpenFlamingo weights into a checkpoint that export takes.")
+    sub.add_argument("--weights", required=True, type=Path, help="the published state dict: checkpoint.pt, or safetensors")
+    sub.add_argument("--vision", required=True, metavar="MODEL", help="folder or Hub id of the CLIP tower it was trained on")
+    sub.add_argument("--language", required=True, metavar="MODEL", help="folder or Hub id of the language model, Llama or MPT")
+    sub.add_argument("--output", required=True, type=Path, help="the new checkpoint's folder")
+    sub.add_argument(
+        "--cross-attn-every-n-layers", type=int, metavar="N", help="compared with what follows from the weights, if given"
+    )
+    sub.add_argument(
+        "--vision-post-layernorm", action="store_true", help="the weights were trained with open_clip 2.23 or newer"
+    )
+
     sub = command("quantize", _quantize, "Make a quantized bundle from a float one (no torch needed).")
     sub.add_argument("bundle", type=Path, help="a float bundle")
     sub.add_argument("--recipe", required=True, help="int8, int4, or a recipe file (.toml, .json)")
@@ -126,6 +138,19 @@ def _export(arguments: argparse.Namespace) -> int:
             progress=step, stage=stage,
         )  # fmt: skip
     print_parts(bundle, make_console())
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    with _extra("export"):
+        from .export.convert import convert_open_flamingo
+    with _progress() as (stage, step):
+        folder = convert_open_flamingo(
+            arguments.weights, arguments.vision, arguments.language, arguments.output,
+            cross_attn_every_n_layers=arguments.cross_attn_every_n_layers,
+            vision_post_layernorm=arguments.vision_post_layernorm, progress=step, stage=stage,
+        )  # fmt: skip
+    print(f"{folder} is ready: edgevlm export --model {folder} --output …")
     return 0
 
 

@@ -49,7 +49,7 @@ def score_scenes(
     """Asks a model about pictures of `side` pixels, one question at a time, greedily.
 
     With `shots`, as many training scenes with a question and its answer come before, as earlier turns of a chat; which
-    ones depends on the question asked alone.
+    ones depends on the question's number alone.
     """
 
     def answers() -> Iterable[tuple[Question, str]]:

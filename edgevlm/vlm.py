@@ -313,7 +313,8 @@ class VLM:
         manifest, found = self.bundle.manifest, self._recall(view, view.key)
         if found is not None:
             timings.reused_images += 1
-        elif not view.instruction:
+            return found
+        if not view.instruction:
             found = self._encode(view)
         else:
             encoded = self._recall(view, view.digest)

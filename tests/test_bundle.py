@@ -22,6 +22,7 @@ from edgevlm.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
     Bundle,
+    CrossAttention,
     ImageTokens,
     KVCache,
     Manifest,
@@ -74,6 +75,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_round_trip(small: Path) -> None:
     assert Manifest.from_json(BARE.to_json()) == BARE
+    cross = CrossAttention(2, 4, 16, "float32", "images", 64)
+    whole = replace(BARE, cross_attention=cross, decoder_start_id=0, instruction_length=512)
+    assert Manifest.from_json(whole.to_json()) == whole
     manifest = Bundle.open(small).manifest
     assert replace(manifest, files={}) == BARE
     assert sorted(manifest.files) == ["config.json", "onnx/decoder.onnx", "onnx/decoder.onnx_data"]
@@ -121,6 +125,9 @@ def test_other_schemas(small: Path, version: int, remedy: str) -> None:
         (lambda m: m["kv_cache"].pop("heads"), "kv_cache lacks heads"),
         (lambda m: m["files"]["config.json"].pop("size"), "files: config.json lacks size"),
         (lambda m: m.update(colour="red"), "has unknown colour"),
+        (lambda m: m.update(cross_attention={"layers": 2}), "cross_attention is .*expected CrossAttention or NoneType"),
+        (lambda m: m.update(decoder_start_id="0"), "decoder_start_id is '0'; expected int or NoneType"),
+        (lambda m: m.update(instruction_length=True), "instruction_length is True; expected int or NoneType"),
         (lambda m: m["parts"]["decoder"].update(colour="red"), "parts: decoder has unknown colour"),
         (lambda m: m.update(hidden_size="32"), "hidden_size is '32'; expected int"),
         (lambda m: m.update(hidden_size=True), "hidden_size is True; expected int"),

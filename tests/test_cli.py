@@ -19,7 +19,7 @@ from conftest import Llava
 from PIL import Image
 from tiny import LLAVAS, make_llava
 
-from edgevlm.bundle import MANIFEST, Bundle
+from edgevlm.bundle import MANIFEST, SCHEMA_VERSION, Bundle
 from edgevlm.cli import main
 
 COMMANDS = ("export", "quantize", "verify", "run", "inspect", "doctor", "demo")
@@ -220,6 +220,46 @@ def test_a_request_that_cannot_be_served(
     assert named in said(capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "pictures", "prompt", "named"),
+    [
+        ("blip2-opt-350m", 0, "How many?", "one picture, which comes before the text; 0 were given"),
+        ("blip2-opt-350m", 2, "How many?", "2 were given"),
+        ("blip2-t5-tied", 1, "What is <image>?", "leave the token out"),
+        ("instructblip-llama", 1, "cubes " * 70, "the Q-Former, which reads 64"),
+        ("flamingo-every-second", 1, "<image> How many?", "2 places for pictures"),
+        ("flamingo-every-second", 0, "https://example.org/a.png", "nothing is downloaded"),
+    ],
+)
+def test_a_request_that_is_not_for_this_family(
+    tiny: Callable[[str], Llava],
+    name: str,
+    pictures: int,
+    prompt: str,
+    named: str,
+    photo: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = ["--image", photo] * pictures
+    assert call("run", tiny(name).bundle, "--prompt", prompt, *images) == 2
+    assert named in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "shown"),
+    [("blip2-t5-tied", 1, "one row a token of the prompt"), ("flamingo-every-second", 2, "5 rows a picture")],
+)
+def test_other_families_run_and_are_inspected(
+    tiny: Callable[[str], Llava], name: str, pictures: int, shown: str, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, images = tiny(name).bundle, ["--image", photo] * pictures
+    assert call("run", bundle, "--prompt", "How many?", *images, "--max-new-tokens", 3, "--threads", 1, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer["backends"]) == set(Bundle.open(bundle).manifest.parts)
+    assert call("inspect", bundle) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_file_that_is_no_picture(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "note.png").write_text("not a picture")
     assert call("run", bundle, "--prompt", "How many?", "--image", tmp_path / "note.png") == 2
@@ -240,7 +280,8 @@ def test_a_bundle_that_is_missing_or_damaged(
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     good = (copy / MANIFEST).read_text()
-    newer, unknown = good.replace('"schema_version": 1', '"schema_version": 99'), good.replace("kv_cache", "cache")
+    newer = good.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
+    unknown = good.replace("kv_cache", "cache")
     for damaged in ("{", "[]", "{}", newer, unknown):
         assert damaged != good
         (copy / MANIFEST).write_text(damaged)

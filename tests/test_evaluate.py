@@ -8,7 +8,7 @@ from typing import Any
 
 from edgevlm.evaluate import Score, blind_answers, score_answers, score_scenes
 from edgevlm.scenes import KINDS, Question, heldout_questions
-from edgevlm.vlm import VLM
+from edgevlm.vlm import VLM, Reply, Timings
 
 
 def test_exact_match_by_kind() -> None:
@@ -56,3 +56,35 @@ def test_a_model_is_asked_every_question_about_its_picture(bundle: Path) -> None
     assert asked == [(question.text, (64, 64)) for _, question in held]
     assert len(steps) == sum(score.asked.values()) == 8
     assert sum(score.right.values()) == sum(question.answer == answers.get(question.text) for _, question in held) >= 4
+
+
+def test_examples_come_before_the_question() -> None:
+    """As earlier turns of a chat, each with its picture and its answer; the same ones whenever the question is asked."""
+    held = list(heldout_questions(4))
+
+    def chats(shots: int) -> list[Any]:
+        given = []
+
+        class Pupil:
+            def generate(self, *, messages: Any, max_new_tokens: int) -> Any:
+                given.append(messages)
+                return Reply("yes", [], "stop", Timings())
+
+        score_scenes(Pupil(), held, side=32, shots=shots)  # type: ignore[arg-type]
+        return given
+
+    asked = chats(2)
+    for (_, question), turns in zip(held, asked, strict=True):
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+        for turn in turns[::2]:
+            picture, text = turn["content"]
+            assert picture["image"].size == (32, 32)
+            assert text["type"] == "text"
+        assert turns[-1]["content"][1]["text"] == question.text
+        assert all(isinstance(turn["content"], str) and turn["content"] for turn in turns[1::2])
+
+    def words(chat: Any) -> Any:
+        return [turn["content"] if isinstance(turn["content"], str) else turn["content"][1]["text"] for turn in chat]
+
+    assert [words(chat) for chat in chats(2)] == [words(chat) for chat in asked]
+    assert len({tuple(words(chat)[:-1]) for chat in asked}) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +247,119 @@ def test_failure_in_the_middle_of_a_prompt(make_cache: Callable[[int], PrefixCac
         cache.prefill(other, fails)
     assert cache.keys == other[:7], "the rows that are computed, and no others"
     np.testing.assert_allclose(prefill(cache, other)[0], prefill(make_cache(64), other)[0], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- remembering
+
+
+class Cross:
+    """The decoder of a Flamingo, and blocks of keys and values that depend on nothing but their names."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.manifest = Bundle.open(bundle).manifest
+        part = self.manifest.parts["decoder"]
+        self.session, _ = open_part(bundle / part.file, "decoder", part, backend="cpu", threads=1)
+        self.asked: list[Hashable] = []
+
+    def decoder(self, batch: int = 1) -> Decoder:
+        return Decoder(self.session, self.manifest.kv_cache, 64, batch, self.manifest.cross_attention)
+
+    def blocks(self, *names: str) -> list[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]]:
+        return [(name, lambda name=name: self._made(name)) for name in names]  # type: ignore[misc]
+
+    def _made(self, name: str) -> Mapping[str, np.ndarray]:
+        self.asked.append(name)
+        cross = self.manifest.cross_attention
+        assert cross is not None
+        rng = np.random.default_rng(len(name) + sum(map(ord, name)))
+        shape = (1, cross.heads, len(name), cross.head_dim)
+        names = [f"cross_key_values.{layer}.{which}" for layer in range(cross.layers) for which in ("key", "value")]
+        return {tensor: rng.standard_normal(shape, np.float32) for tensor in names}
+
+    def look(self, decoder: Decoder, visible: np.ndarray | None = None) -> np.ndarray:
+        """Logits of a prompt of which each row sees everything, or what `visible` says."""
+        rows = np.random.default_rng(0).standard_normal((1, 5, self.manifest.hidden_size), np.float32)
+        seen = np.ones((1, 5, decoder.cross_length), bool) if visible is None else visible
+        return decoder.forward(rows, np.array([0]), np.array([4]), seen)
+
+    def new(self, *names: str) -> np.ndarray:
+        decoder = self.decoder()
+        decoder.remember(self.blocks(*names))
+        return self.look(decoder)
+
+
+@pytest.fixture(scope="module")
+def cross(tiny: Callable[[str], Any]) -> Cross:
+    return Cross(tiny("flamingo-every-second").bundle)
+
+
+@pytest.mark.parametrize(
+    ("then", "made"),
+    [
+        (["aa", "bbb"], []),
+        (["aa", "bbb", "c"], ["c"]),
+        (["aa", "bbb", "c", "aa"], ["c", "aa"]),
+        (["aa"], []),
+        (["aa", "c"], ["c"]),
+        (["bbb"], ["bbb"]),
+        (["bbb", "aa"], ["bbb", "aa"]),
+        (["c"], ["c"]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_what_is_remembered_is_not_made_again(cross: Cross, then: list[str], made: list[str]) -> None:
+    decoder = cross.decoder()
+    assert decoder.cross_length == 0
+    assert decoder.remember(cross.blocks("aa", "bbb")) == 2
+    assert decoder.cross_length == 5
+    cross.look(decoder)
+    cross.asked.clear()
+    assert decoder.remember(cross.blocks(*then)) == len(made)
+    assert cross.asked == made
+    assert decoder.cross_length == sum(map(len, then))
+    np.testing.assert_allclose(cross.look(decoder), cross.new(*then), atol=1e-5)
+
+
+def test_what_is_remembered_matters(cross: Cross) -> None:
+    looks = [cross.new(*names) for names in ([], ["aa"], ["bb"], ["aa", "bb"], ["aaaa"])]
+    assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(looks) for b in looks[:i])
+
+
+def test_what_is_not_visible_is_as_if_it_were_not_there(cross: Cross) -> None:
+    decoder = cross.decoder()
+    decoder.remember(cross.blocks("aa", "bbb"))
+    only = np.repeat(np.array([[[False, False, True, True, True]]]), 5, 1)
+    np.testing.assert_allclose(cross.look(decoder, only), cross.new("bbb"), atol=1e-5)
+    np.testing.assert_allclose(cross.look(decoder, only & False), cross.new(), atol=1e-5)
+
+
+def test_nothing_remembered_can_be_looked_at_again_and_again(cross: Cross) -> None:
+    decoder = cross.decoder()
+    blind = cross.look(decoder)
+    for names in ([], ["aa"], [], [], ["aa", "bbb"], []):
+        decoder.remember(cross.blocks(*names))
+        np.testing.assert_allclose(cross.look(decoder), cross.new(*names), atol=1e-5)
+    np.testing.assert_allclose(cross.look(decoder), blind, atol=1e-5)
+
+
+def test_a_block_that_cannot_be_made_leaves_what_was_there(cross: Cross) -> None:
+    decoder = cross.decoder()
+    decoder.remember(cross.blocks("aa", "bbb"))
+
+    def fails() -> Mapping[str, np.ndarray]:
+        raise KeyboardInterrupt
+
+    for broken in ([*cross.blocks("aa", "c"), ("d", fails)], [("d", fails)]):
+        with pytest.raises(KeyboardInterrupt):
+            decoder.remember(broken)
+        np.testing.assert_allclose(cross.look(decoder), cross.new("aa", "bbb"), atol=1e-5)
+        assert decoder.remember(cross.blocks("aa", "bbb")) == 0
+    assert decoder.remember(cross.blocks("aa", "d")) == 1
+    np.testing.assert_allclose(cross.look(decoder), cross.new("aa", "d"), atol=1e-5)
+
+
+def test_a_decoder_without_cross_attention_remembers_nothing(make_cache: Callable[[int], PrefixCache]) -> None:
+    decoder = make_cache(16).decoder
+    assert decoder.remember([("a", dict)]) == 0
+    assert decoder.cross_length == 0

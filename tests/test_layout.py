@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tensors": {"errors"},
     "bundle": {"errors"},
     "graphs": {"bundle", "errors", "tensors"},
-    "models": {"bundle", "errors"},
+    "models": {"bundle", "errors", "images", "prompt"},
     "runtimes": {"bundle", "errors"},
     "quant": {"bundle", "errors", "graphs", "tensors"},
     "export": {"bundle", "errors", "graphs", "models", "quant", "tensors"},
@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "images": {"errors"},
     "prompt": {"errors"},
     "vlm": {"bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
+    "reference": {"models", "prompt"},
+    "verify": {"bundle", "errors", "export", "generate", "models", "prompt", "reference", "scenes", "vlm"},
 }
 
 

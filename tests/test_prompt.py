@@ -402,6 +402,23 @@ def test_normalised_form() -> None:
     )
 
 
+def test_a_request_without_its_pictures() -> None:
+    listed = normalize_request(["a", PICTURE, "b", PICTURE])
+    bare = listed.without_images()
+    assert bare.images == ()
+    assert bare.messages == (Message("user", (TextPart("a"), TextPart("b"))),)
+    assert (bare.listed, bare.prompt) == (True, None)
+    assert len(listed.images) == 2, "the request itself keeps them"
+    asked = normalize_request("x", [PICTURE]).without_images()
+    assert (asked.prompt, asked.listed, asked.messages) == ("x", False, (Message("user", (TextPart("x"),)),))
+    chat = normalize_request(
+        messages=[_turn("user", PICTURE), {"role": "assistant", "content": "y"}, _turn("user", "z", PICTURE)]
+    )
+    assert [message.role for message in chat.without_images().messages] == ["user", "assistant", "user"]
+    assert [message.content for message in chat.without_images().messages] == [(), (TextPart("y"),), (TextPart("z"),)]
+    assert chat.without_images().messages[1].plain
+
+
 def test_where_templates_are_found(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(tmp_path) is None
     (tmp_path / "processor_config.json").write_text('{"chat_template": "P"}')

@@ -19,7 +19,7 @@ from edgevlm.verify import LIMITS, TOKENS, Report, verify_bundle
 
 PARTS = ["vision_encoder", "projector", "embed_tokens", "decoder"]
 CASES = [
-    "one picture", "wide picture", "two pictures", "no picture", "long prompt",
+    "one picture", "wide picture", "two pictures", "no picture", "interleaved", "short prompt", "long prompt, 12 times",
     "batch of 2: wide picture", "batch of 2: no picture",
 ]  # fmt: skip
 
@@ -70,7 +70,9 @@ def test_a_float_bundle_agrees_with_pytorch(verify: Callable[..., tuple[Report, 
         assert (case.same_tokens, case.tokens, case.top1) == (TOKENS, TOKENS, 1.0), case
         assert case.max_abs < 1e-3, case
         assert case.cosine > 0.99999, case
-    assert report.sequences[4].prompt_tokens > 5 * report.sequences[3].prompt_tokens
+    lengths = {case.case: case.prompt_tokens for case in report.sequences}
+    assert lengths["long prompt, 12 times"] > 5 * lengths["no picture"]
+    assert lengths["interleaved"] > lengths["two pictures"] > lengths["one picture"]
 
 
 LOSSY = {"float16": ("fp16", None), "int8": ("fp32", "int8"), "int4": ("fp32", "int4")}

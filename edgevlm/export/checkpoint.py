@@ -14,7 +14,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelE
 from ..models import aliases
 from ..tensors import WeightEntry, read_safetensors_index
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_weights"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,7 +36,12 @@ def open_checkpoint(model: str) -> Checkpoint:
     folder, name = _find(model)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.")
+        remedy = (
+            " For OpenFlamingo's published weights, run `edgevlm convert` first."
+            if (folder / "checkpoint.pt").is_file()
+            else ""
+        )
+        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.{remedy}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as exc:
@@ -105,7 +110,7 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
-        return _read_file(single)
+        return read_weights(single)
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -122,9 +127,14 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
             )
         weights: dict[str, WeightEntry] = {}
         for shard in shards:
-            weights |= _read_file(folder / shard)
+            weights |= read_weights(folder / shard)
         return weights
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles == ["checkpoint.pt"]:
+        raise WeightsError(
+            f"{folder} holds checkpoint.pt, as OpenFlamingo's weights are published: only what was trained, and pickled. "
+            "`edgevlm convert` makes a checkpoint of it together with the vision tower and the language model."
+        )
     if pickles:
         raise WeightsError(
             f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). Pickle files can run any code when they are "
@@ -134,7 +144,8 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
     raise WeightsError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json.")
 
 
-def _read_file(path: Path) -> dict[str, WeightEntry]:
+def read_weights(path: Path) -> dict[str, WeightEntry]:
+    """The tensors of a safetensors file. Raises WeightsError where it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -96,8 +96,12 @@ class Family(Protocol):
 
 def parts_needed(family: Family, manifest: Manifest) -> list[str]:
     """The parts that a bundle must have."""
-    cross = manifest.cross_attention
-    return [*family.PARTS, *(["cross_kv"] if cross else []), *(["text_encoder"] if cross and cross.source == "prompt" else [])]
+    cross, needed = manifest.cross_attention, list(family.PARTS)
+    if cross:
+        needed.append("cross_kv")
+        made = manifest.parts["cross_kv"].inputs if "cross_kv" in manifest.parts else {}
+        needed += {"prompt": ["text_encoder"], "images": ["resampler"] * ("image_features" in made)}[cross.source]
+    return list(dict.fromkeys(needed))
 
 
 def cross_tensors(cross: CrossAttention, length: str) -> dict[str, tuple[tuple[int | str, ...], str]]:

@@ -263,10 +263,22 @@ def test_missing_head_is_not_replaced_by_the_embeddings(broken: Path) -> None:
         value.metadata_props[PARAMETER] = "lm_head.weight"
         return ir.Model(ir.Graph([], [], nodes=[], initializers=[value]), ir_version=11)
 
-    spec = PartSpec("decoder", None, {}, {})
-    with pytest.raises(WeightsError, match=r"no weight 'lm_head\.weight'"):
-        export.bind_weights(head(), spec, family, weights, tied=False)
-    export.bind_weights(head(), spec, family, weights, tied=True)
+    spec, table = PartSpec("decoder", None, {}, {}), "model.language_model.embed_tokens.weight"
+    for tied in ({}, {"other.weight": table}):
+        with pytest.raises(WeightsError, match=r"no weight 'lm_head\.weight'"):
+            export.bind_weights(head(), spec, family, weights, tied=tied)
+    export.bind_weights(head(), spec, family, weights, tied={"lm_head.weight": table})
+    export.bind_weights(head(), spec, family, weights, tied={table: "lm_head.weight"})
+
+
+def test_tied_names_stand_for_one_another() -> None:
+    shared = export._shared({"head": "table", "encoder": "table", "a": "b"})
+    assert {name: set(group) for name, group in shared.items()} == {
+        "head": {"table", "head", "encoder"}, "encoder": {"table", "head", "encoder"}, "table": {"table", "head", "encoder"},
+        "a": {"a", "b"}, "b": {"a", "b"},
+    }  # fmt: skip
+    assert shared["head"][0] == "table"
+    assert export._shared({}) == {}
 
 
 def test_wrong_shape(broken: Path) -> None:

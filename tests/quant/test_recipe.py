@@ -46,6 +46,18 @@ def test_built_in_recipes() -> None:
     } == {"int8"}
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_built_in_recipes_know_encoders(recipe: Recipe) -> None:
+    block = "language_model.encoder.block.0.layer.0.SelfAttention"
+    for part in ("text_encoder", "decoder"):
+        assert recipe.rule_for(part, f"{block}.relative_attention_bias.weight").method == "float"
+        assert recipe.rule_for(part, f"{block}.q.weight").method == recipe.name
+    for part in ("vision_encoder", "resampler", "qformer", "projector", "cross_kv", "embed_tokens"):
+        assert recipe.rule_for(part, "x.weight").method == "int8"
+    for head in ("language_model.lm_head.weight", "lm_head.additional_fc.weight"):
+        assert recipe.rule_for("decoder", head).method == "int8"
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="no TOML before Python 3.11")
 def test_toml(tmp_path: Path) -> None:
     lines = ['name = "mine"']

@@ -167,6 +167,103 @@ def test_feeds_are_cast_and_made_contiguous(llava: Callable[[str], Any]) -> None
         np.testing.assert_array_equal(session.run({"vision_features": given})["image_features"], expected)
 
 
+# -------------------------------------------------------------------------------------- memory
+
+CROSS = [f"cross_key_values.{i}.{w}" for i in range(2) for w in ("key", "value")]
+
+
+@pytest.fixture(scope="module")
+def reader(tiny: Callable[[str], Any]) -> PartSession:
+    """A decoder that reads cross-attention keys and values; four layers, two of them with a gate."""
+    return opened(tiny("flamingo-every-second").bundle, "decoder")
+
+
+def rows(reader: PartSession, count: int, seed: int, batch: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {name: reader.part.inputs[name].shape for name in CROSS}
+    return {name: rng.standard_normal((batch, int(s[1]), count, int(s[3])), np.float32) for name, s in shapes.items()}
+
+
+def looking(reader: PartSession, length: int, start: int = 0, batch: int = 1) -> dict[str, np.ndarray]:
+    width = int(reader.part.inputs["inputs_embeds"].shape[2])
+    embeds = np.random.default_rng(start).standard_normal((batch, 3, width), np.float32)
+    positions = np.broadcast_to(start + np.arange(3), (batch, 3))
+    mask = np.random.default_rng(9).random((batch, 3, length)) < 0.7
+    last = np.full(batch, 2)
+    return {"inputs_embeds": embeds, "position_ids": positions, "last_token_index": last, "cross_attention_mask": mask}
+
+
+def state_of(reader: PartSession, batch: int = 1) -> State:
+    pairs = {f"past_key_values.{i}.{w}": f"present.{i}.{w}" for i in range(4) for w in ("key", "value")}
+    return reader.new_state(pairs, batch, 16)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_in_memory_is_what_is_fed(reader: PartSession, batch: int) -> None:
+    """Rows come and go; the part reads those that are there, in one state from run to run."""
+    memory, state, held = reader.new_memory(CROSS, batch), state_of(reader, batch), rows(reader, 0, 0, batch)
+    assert (memory.length, memory.inputs) == (0, frozenset(CROSS))
+    for number, (keep, more) in enumerate([(0, 4), (4, 2), (6, 0), (3, 0), (3, 5), (1, 1), (0, 2)]):
+        memory.truncate(keep)
+        held = {name: array[:, :, :keep] for name, array in held.items()}
+        if more:
+            added = rows(reader, more, number, batch)
+            memory.append(added)
+            held = {name: np.concatenate([array, added[name]], 2) for name, array in held.items()}
+        assert memory.length == keep + more
+        feeds = looking(reader, memory.length, batch=batch)
+        found = reader.run(feeds, state, memory)
+        assert set(found) == {"logits"}
+        fed = reader.run(feeds | held, state_of(reader, batch))
+        np.testing.assert_array_equal(found["logits"], fed["logits"])
+
+
+def test_what_was_appended_is_a_copy(reader: PartSession) -> None:
+    memory, given = reader.new_memory(CROSS, 1), rows(reader, 4, 0)
+    memory.append(given)
+    wanted = reader.run(looking(reader, 4), state_of(reader), memory)["logits"]
+    for array in given.values():
+        array[:] = 7
+    np.testing.assert_array_equal(reader.run(looking(reader, 4), state_of(reader), memory)["logits"], wanted)
+
+
+def test_two_memories_take_turns_in_one_state(reader: PartSession) -> None:
+    state, memories = state_of(reader), [reader.new_memory(CROSS, 1) for _ in range(2)]
+    for seed, memory in enumerate(memories):
+        memory.append(rows(reader, 4, seed))
+    alone = [reader.run(looking(reader, 4), state_of(reader), memory)["logits"] for memory in memories]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+    for number in (0, 1, 1, 0, 1):
+        found = reader.run(looking(reader, 4), state, memories[number])["logits"]
+        np.testing.assert_array_equal(found, alone[number])
+
+
+def test_memory_outlives_a_state_that_grows(reader: PartSession) -> None:
+    memory, growing, roomy = reader.new_memory(CROSS, 1), state_of(reader), state_of(reader)
+    memory.append(rows(reader, 4, 0))
+    roomy.grow(40)
+    for start in (0, 3):
+        found, wanted = (reader.run(looking(reader, 4, start), state, memory)["logits"] for state in (growing, roomy))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        growing.grow(40 if start else 24)
+
+
+def test_a_mask_of_another_length_is_refused(reader: PartSession) -> None:
+    memory, state = reader.new_memory(CROSS, 1), state_of(reader)
+    memory.append(rows(reader, 4, 0))
+    reader.run(looking(reader, 4), state, memory)
+    for length in (3, 5):
+        with pytest.raises(BundleError, match=rf"'cross_attention_mask' .* it was given \[1, 3, {length}\]"):
+            reader.run(looking(reader, length), state, memory)
+    memory.truncate(2)
+    with pytest.raises(BundleError, match="cross_attention_mask"):
+        reader.run(looking(reader, 4), state, memory)
+    with pytest.raises(BundleError, match=r"it was given .*cross_key_values\.0\.key"):
+        reader.run(looking(reader, 2) | rows(reader, 2, 0), state, memory)
+    with pytest.raises(BundleError, match=r"takes the inputs .*cross_key_values\.0\.key"):
+        reader.run(looking(reader, 2), state)
+
+
 # -------------------------------------------------------------------------------------- the choice
 
 
