@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -78,6 +79,7 @@ def load(folder: Path):
 def test_a_stopped_training_goes_on_where_it_was(tool, tmp_path):
     class Llava(tool.llava.Llava):
         keep = 2
+        stages = tuple(dataclasses.replace(stage, batch=4) for stage in tool.llava.Llava.stages)
 
         def score(self):
             return {}
