@@ -9,7 +9,7 @@ import inspect
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from edgevlm.models import Family
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.verify import TOKENS, verify_bundle
 
-EVERY = {tiny.name: tiny for tiny in [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS]}
+#: Of LLaVA one: its own tests try all of it.
+EVERY = {tiny.name: tiny for tiny in [LLAVAS[0], *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS]}
+#: What makes a difference to bytes and to half precision.
+MECHANISMS = ("blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third")
 #: OPT with narrow embeddings; T5 with a tied, scaled head; an instruction; gates every second layer; no resampler.
 ALWAYS = (
     "clip-llama", "blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third",
@@ -38,11 +41,11 @@ ALWAYS = (
 A, B = picture(1), picture(2, 30, 64)
 
 
-def configurations(*always: str) -> pytest.MarkDecorator:
+def configurations(*always: str, of: Iterable[str] = EVERY) -> pytest.MarkDecorator:
     """Parametrises by every configuration; those not named are slow."""
-    assert set(always) <= set(EVERY)
+    assert set(always) <= set(of) <= set(EVERY)
     return pytest.mark.parametrize(
-        "name", [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
+        "name", [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in of]
     )
 
 
@@ -164,7 +167,8 @@ def test_quantized_bundles_answer(tiny: Callable[[str], Tiny], name: str, recipe
         assert record.outputs == before.parts[part].outputs
         assert "int8" in record.weights or "int4" in record.weights or part == "projector", part
         assert ("int4" in record.weights) == (recipe == "int4" and part in ("decoder", "text_encoder")), part
-        assert record.weights.get("float32", 0) < weights / 2, part
+        # Patches are embedded by a convolution, which stays float: much of so small a tower.
+        assert record.weights.get("float32", 0) < weights * (0.7 if part == "vision_encoder" else 0.5), part
     for part, proto in graphs(bundle):
         assert {node.domain for node in proto.graph.node} == {""}, part
         types = {i.name: i.data_type for i in proto.graph.initializer}
@@ -173,7 +177,7 @@ def test_quantized_bundles_answer(tiny: Callable[[str], Tiny], name: str, recipe
         assert bool(biases) == (part in ("text_encoder", "decoder") and "t5" in name)
 
 
-@configurations("flamingo-every-second")
+@configurations("flamingo-every-second", of=MECHANISMS)
 def test_half_precision_is_near(tiny: Callable[[str], Tiny], name: str) -> None:
     one = tiny(name)
     half = one.export("fp16")
@@ -193,7 +197,7 @@ def test_half_precision_is_near(tiny: Callable[[str], Tiny], name: str) -> None:
 @pytest.mark.parametrize(("name", "recipe"), [
     (name, recipe) if (name, recipe) in (("flamingo-every-second", "int4"), ("blip2-t5-tied", "int8"))
     else pytest.param(name, recipe, marks=pytest.mark.slow)
-    for name in EVERY for recipe in ("int8", "int4")
+    for name in MECHANISMS for recipe in ("int8", "int4")
 ])  # fmt: skip
 def test_quantizing_on_export_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, recipe: str, tmp_path: Path) -> None:
     one = tiny(name)
@@ -203,7 +207,7 @@ def test_quantizing_on_export_gives_the_same_bytes(tiny: Callable[[str], Tiny], 
     assert [file for file in at_once if at_once[file] != later[file]] == []
 
 
-@configurations("instructblip-llama")
+@configurations("instructblip-llama", of=MECHANISMS)
 def test_the_same_checkpoint_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, tmp_path: Path) -> None:
     one = tiny(name)
     export_bundle(str(one.checkpoint), tmp_path / "again")
