@@ -5,8 +5,7 @@ it reads a Hugging Face `preprocessor_config.json` and gives the numbers which t
 Transformers 5.23, on its Pillow backend. Pillow does the resampling in both, so they agree to the last bit. (A
 checkpoint that names a `…Fast` processor runs on torchvision at Hugging Face, whose resampling rounds differently.)
 
-This module does not know models, prompts, tokens or files on the network. It handles one picture at a time and one
-tile a picture: processors that cut a picture into several tiles are not covered.
+This module does not know models, prompts, tokens or files on the network. It handles one picture at a time.
 """
 
 from __future__ import annotations
@@ -147,6 +146,9 @@ class ImageProcessor:
     """Factor from 0…255 to the unit that mean and standard deviation are in, mostly 1/255."""
     image_mean: tuple[float, float, float] | None
     image_std: tuple[float, float, float] | None
+    tiles: tuple[int, int] | None = None
+    """Cut into as many tiles of `resize`, the fewest and the most, and where it is more than one, the whole picture as a
+    tile behind them (InternVL)."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageProcessor:
@@ -199,6 +201,7 @@ class ImageProcessor:
             rescale_factor=_number(option, "rescale_factor") if option["do_rescale"] else None,
             image_mean=mean,
             image_std=std,
+            tiles=_tiles(kind, option, resize) if option.get("crop_to_patches") and kind == "GotOcr2ImageProcessor" else None,
         )
 
     @property
@@ -212,6 +215,47 @@ class ImageProcessor:
             if self.pad_colour is not None and self.resize.shortest_edge is not None and self.resize.longest_edge is None:
                 return self.resize.shortest_edge, self.resize.shortest_edge
         return None
+
+    def tile_grid(self, height: int, width: int, most: int | None = None) -> tuple[int, int]:
+        """(rows, columns) of the tiles of a picture of `height` x `width` pixels, of at most `most` tiles.
+
+        Of all grids the one whose aspect ratio is nearest; of equally near ones the larger, as long as the picture has more
+        than half of the grid's pixels. Source: got_ocr2/image_processing_got_ocr2.py of Transformers.
+        """
+        if self.tiles is None:
+            return 1, 1
+        assert self.resize is not None
+        assert self.resize.height is not None
+        assert self.resize.width is not None
+        fewest, limit = self.tiles[0], min(self.tiles[1], most or self.tiles[1])
+        best, nearest = (1, 1), float("inf")
+        grids = [(r, c) for c in range(1, limit + 1) for r in range(1, limit + 1) if fewest <= r * c <= limit]
+        for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+            distance = abs(width / height - columns / rows)
+            larger = width * height > 0.5 * self.resize.height * self.resize.width * rows * columns
+            if distance < nearest or (distance == nearest and larger):
+                best, nearest = (rows, columns), min(distance, nearest)
+        return best
+
+    def count_tiles(self, height: int, width: int, most: int | None = None) -> int:
+        """How many tiles `cut` gives, the one of the whole picture included."""
+        rows, columns = self.tile_grid(height, width, most)
+        return rows * columns + (rows * columns > 1)
+
+    def cut(self, image: Image.Image, most: int | None = None) -> npt.NDArray[np.float32]:
+        """`pixel_values` of all tiles of one picture, row by row, then of the whole: float32 [tiles, 3, height, width]."""
+        rows, columns = self.tile_grid(image.height, image.width, most)
+        if rows * columns == 1:
+            return self(image)[None]
+        assert self.resize is not None
+        height, width = self.resize.resolve(image.height, image.width)
+        name = _name(image)
+        _check_step(name, "resizing", height * rows, width * columns)
+        with _mapped_to_image_error(name):
+            whole = _to_rgb(image) if self.do_convert_rgb else image
+            canvas = whole.resize((width * columns, height * rows), self.resample)
+        boxes = [(c * width, r * height, (c + 1) * width, (r + 1) * height) for r in range(rows) for c in range(columns)]
+        return np.stack([self(tile) for tile in (*(canvas.crop(box) for box in boxes), whole)])
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the result for a picture of `height` x `width` pixels."""
@@ -387,6 +431,7 @@ _BLIP: Mapping[str, Any] = {
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "BlipImageProcessor": _BLIP,
     "CLIPImageProcessor": _CLIP,
+    "GotOcr2ImageProcessor": {**_BLIP, "crop_to_patches": False, "min_patches": 1, "max_patches": 12},
     "IdeficsImageProcessor": {**_BLIP, "size": {"height": 224, "width": 224}, "image_num_channels": 3},
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
@@ -420,6 +465,15 @@ def _target_size(option: Mapping[str, Any], key: str, *, square: bool) -> Target
         forms = ", ".join("+".join(sorted(keys)) for keys in _SIZE_KEYS)
         raise UnsupportedModelError(f"{key} = {value!r} is not covered; needed: positive numbers for one of {forms}")
     return TargetSize(**sizes)
+
+
+def _tiles(kind: str, option: Mapping[str, Any], size: TargetSize | None) -> tuple[int, int] | None:
+    fewest, most = option["min_patches"], option["max_patches"]
+    if type(fewest) is not int or type(most) is not int or not 1 <= fewest <= most:
+        raise UnsupportedModelError(f"{kind}: {fewest!r} to {most!r} tiles; needed: whole numbers from 1 on, fewest first")
+    if size is None or size.height is None or size.width is None:
+        raise UnsupportedModelError(f"{kind}: tiles need a size with height and width and do_resize")
+    return (fewest, most) if most > 1 else None
 
 
 def _number(option: Mapping[str, Any], key: str) -> float:
