@@ -109,14 +109,16 @@ class CrossAttention:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The token that marks a picture's places, and how many places one picture takes in the prompt.
+    """The token that marks a picture's places, and how many places one picture (or one of its tiles) takes in the prompt.
 
-    A checkpoint whose tokenizer has no such token has the token "" and the id -1.
+    `before` and `after` are the ids around the places of a picture. A checkpoint whose tokenizer has no such token has the token "" and the id -1.
     """
 
     token: str
     token_id: int
     places: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Manifest:
     """`edgevlm.json`. `context_length` is the longest sequence that the model was made for, in tokens.
 
     `decoder_start_id` is the token that a decoder begins with whose prompt went into an encoder. `instruction_length` is
-    the longest instruction, in tokens of its own tokenizer, that shapes what is seen in a picture.
+    the longest instruction, in tokens of its own tokenizer, that shapes what is seen in a picture. `image_options` are what
+    the family sets of the image processor's options, whatever its own file says.
     """
 
     family: str
@@ -143,6 +146,7 @@ class Manifest:
     cross_attention: CrossAttention | None = None
     decoder_start_id: int | None = None
     instruction_length: int | None = None
+    image_options: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -91,6 +91,15 @@ class Request:
         """The pictures in the order of their places."""
         return tuple(part.image for message in self.messages for part in message.content if isinstance(part, ImagePart))
 
+    def with_images(self, images: Sequence[object]) -> Request:
+        """The same with other pictures in their places, as many as there are."""
+        left = iter(images)
+        messages = []
+        for message in self.messages:
+            content = tuple(ImagePart(next(left)) if isinstance(part, ImagePart) else part for part in message.content)
+            messages.append(replace(message, content=content))
+        return replace(self, messages=tuple(messages))
+
     def without_images(self) -> Request:
         """The same texts, for models whose pictures have their places apart from the text."""
         kept = (tuple(part for part in message.content if isinstance(part, TextPart)) for message in self.messages)
@@ -399,7 +408,7 @@ class Prompt:
 class PromptBuilder:
     """Ties template, tokenizer and image token together.
 
-    `tokens_per_image` gives the number of places that picture number i takes. `instruction` is the tokenizer of the part
+    `tokens_per_image` gives the number of places that a picture takes, `around` the ids before and behind them. `instruction` is the tokenizer of the part
     that reads the instruction beside the picture, where there is one. Raises `ManifestError` where the tokenizer has
     another id for `image_token`, or none; the id -1 says that there is no such token.
     """
@@ -408,8 +417,9 @@ class PromptBuilder:
     template: ChatTemplate | None
     image_token: str
     image_token_id: int
-    tokens_per_image: Callable[[int], int]
+    tokens_per_image: Callable[[Any], int]
     instruction: Tokenizer | None = None
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     _control: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -435,7 +445,7 @@ class PromptBuilder:
         message cannot be kept apart from control tokens.
         """
         text, ids = self.encode(request, raw=raw, add_generation_prompt=add_generation_prompt)
-        return self.expand(text, ids, len(request.images))
+        return self.expand(text, ids, request.images)
 
     def with_template(self, template: ChatTemplate) -> PromptBuilder:
         """The same with another chat template."""
@@ -534,22 +544,25 @@ class PromptBuilder:
         ids = {token: twin.token_to_id(alias) for token, alias in aliases.items()}
         return twin, aliases, {index: self._control[token] for token, index in ids.items() if index is not None}
 
-    def expand(self, text: str, ids: list[int], pictures: int) -> Prompt:
+    def expand(self, text: str, ids: list[int], pictures: Sequence[object]) -> Prompt:
         """Every image token becomes the places of its picture. Raises `PromptError` where their numbers differ."""
         count = ids.count(self.image_token_id)
-        if count != pictures:
+        if count != len(pictures):
             raise PromptError(
-                f"the prompt has {count} places for pictures ({self.image_token}), {pictures} pictures were given; "
+                f"the prompt has {count} places for pictures ({self.image_token}), {len(pictures)} pictures were given; "
                 "give one picture per place, and check that the chat template writes a place for each"
             )
         out: list[int] = []
         places: list[tuple[int, int]] = []
         for token in ids:
-            length = 1
-            if token == self.image_token_id:
-                length = self.tokens_per_image(len(places))
-                places.append((len(out), length))
+            if token != self.image_token_id:
+                out.append(token)
+                continue
+            length = self.tokens_per_image(pictures[len(places)])
+            out += self.around[0]
+            places.append((len(out), length))
             out += [token] * length
+            out += self.around[1]
         return Prompt(out, tuple(places), text)
 
 

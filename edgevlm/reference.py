@@ -28,7 +28,7 @@ class Reference:
         self.model = family.load_reference(folder).eval()
         self.no_processor = ""
         try:
-            self.processor = AutoProcessor.from_pretrained(folder)
+            self.processor = getattr(family, "load_processor", AutoProcessor.from_pretrained)(folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as exc:
             self.processor, self.no_processor = None, f"{type(exc).__name__}: {exc}"
         std = getattr(getattr(self.processor, "image_processor", None), "image_std", None) or [1.0]

@@ -198,7 +198,7 @@ class _Prompt:
     case: str
     built: Prompt
     views: list[View]  # with the bundle's own pixel values
-    pixel_values: np.ndarray  # [pictures, 3, H, W], of the reference's processor where there is one
+    pixel_values: np.ndarray  # [tiles of all pictures, 3, H, W], of the reference's processor where there is one
     answer: list[int] = field(default_factory=list)  # PyTorch's greedy tokens
     logits: np.ndarray = field(default_factory=lambda: np.empty(0))  # [tokens, vocabulary], before each of them
 
@@ -209,9 +209,9 @@ def _prepare(vlm: VLM, reference: Reference, case: str, items: list[Any], report
     plain = isinstance(items[-1], str) and items[:-1] == pictures and not as_list
     request = normalize_request(items[-1], pictures) if plain else normalize_request(items)
     built = vlm._family.build_prompt(vlm._builder, vlm.bundle.manifest, request)
-    ours = [vlm._processor(picture) for picture in pictures]
+    ours = [vlm._pixels(picture) for picture in pictures]
     views = [View(f"{case} {i}", built.instruction, pixel_values=pixels) for i, pixels in enumerate(ours)]
-    made = _Prompt(case, built, views, np.stack(ours) if ours else np.empty((0, 3, 1, 1), np.float32))
+    made = _Prompt(case, built, views, np.concatenate(ours) if ours else np.empty((0, 3, 1, 1), np.float32))
     if reference.no_processor:
         return made
     theirs = reference.process(request, built.text)
@@ -248,7 +248,7 @@ def _check_parts(
     prompt = prompts[-1]
     manifest, built = vlm.bundle.manifest, prompt.built
     pixels = np.concatenate([p.pixel_values for p in prompts if len(p.pixel_values)])
-    last = slice(len(pixels) - len(prompt.views), None)  # this prompt's pictures among all
+    last = slice(len(pixels) - len(prompt.pixel_values), None)  # this prompt's pictures among all
     cross = manifest.cross_attention
     ids = np.array([built.ids])
     within = not (cross and cross.source == "images")  # whether pictures take places in the prompt
@@ -269,8 +269,9 @@ def _check_parts(
         report.parts.append(max(checks, key=lambda check: (not check.passed, check.max_abs)))
         if name == "embed_tokens" and within:
             rows = known["inputs_embeds"] = known["inputs_embeds"].copy()
-            for (start, length), feature in zip(built.places, known["image_features"][last], strict=True):
-                rows[0, start : start + length] = feature
+            features = known["image_features"][last].reshape(-1, rows.shape[-1])
+            for start, length in built.places:
+                rows[0, start : start + length], features = features[:length], features[length:]
     rows, visible, blocks = known["inputs_embeds"], None, []
     if cross:
         tensors = {name: array for name, array in known.items() if name.startswith("cross_key_values")}

@@ -156,19 +156,27 @@ class VLM:
     """A loaded vision-language model. Calls may come from several threads; they are served one after the other."""
 
     def __init__(
-        self, bundle: Bundle, sessions: Mapping[str, PartSession], backends: Mapping[str, Choice], capacity: int
+        self,
+        bundle: Bundle,
+        sessions: Mapping[str, PartSession],
+        backends: Mapping[str, Choice],
+        capacity: int,
+        max_tiles: int | None = None,
     ) -> None:
         """Use `VLM.load`."""
-        self.bundle, self.backends, self.capacity = bundle, dict(backends), capacity
+        self.bundle, self.backends, self.capacity, self.max_tiles = bundle, dict(backends), capacity, max_tiles
         manifest = bundle.manifest
         self._sessions = sessions
         self._family = family_by_name(manifest.family)
-        self._processor = ImageProcessor.from_config(_preprocessor_config(bundle.folder))
+        config = _preprocessor_config(bundle.folder)
+        self._processor = ImageProcessor.from_config({**config, **manifest.image_options})
         tokenizer = Tokenizer.from_folder(bundle.folder)
         template = ChatTemplate.from_folder(bundle.folder, tokenizer.names)
         image = manifest.image
         instruction = Tokenizer.from_folder(bundle.folder / "qformer_tokenizer") if manifest.instruction_length else None
-        self._builder = PromptBuilder(tokenizer, template, image.token, image.token_id, lambda _: image.places, instruction)
+        self._builder = PromptBuilder(
+            tokenizer, template, image.token, image.token_id, self._count_places, instruction, (image.before, image.after)
+        )
         self._stop = _stop_ids(bundle.folder, tokenizer)
         self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
         self._reads_prompt = manifest.decoder_start_id is not None  # in an encoder, and the decoder has the answer alone
@@ -184,6 +192,8 @@ class VLM:
         capacity: int | None = None,
         backend: str | None = None,
         threads: int | None = None,
+        max_tiles: int | None = None,
+        visual_tokens: int | None = None,
         check_files: bool = True,
     ) -> VLM:
         """Loads a bundle.
@@ -191,7 +201,8 @@ class VLM:
         `capacity` is the longest sequence in tokens, prompt and answer together; as a default the model's context
         length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `cpu` or `cuda` for every
         part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
-        limits the cores of each part. `check_files` compares every file with its hash (about a second a gigabyte).
+        limits the cores of each part. `max_tiles` or `visual_tokens` limit what a picture costs, for models that cut it into
+        tiles: fewer of them see less detail, sooner. `check_files` compares every file with its hash (about a second a gigabyte).
 
         Raises BundleError and its kinds, InputError, MissingDependencyError.
         """
@@ -203,6 +214,10 @@ class VLM:
             raise InputError(
                 f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
             )
+        if visual_tokens is not None:
+            max_tiles = min(max_tiles or 1 << 30, _tiles_within(visual_tokens, manifest.image.places))
+        if max_tiles is not None and max_tiles < 1:
+            raise InputError(f"max_tiles is {max_tiles}; it is 1 or more.")
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
         missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
@@ -215,7 +230,7 @@ class VLM:
         backends: dict[str, Choice] = {}
         for name, part in manifest.parts.items():
             sessions[name], backends[name] = open_part(opened.part_path(name), name, part, backend=backend, threads=threads)
-        return cls(opened, sessions, backends, capacity)
+        return cls(opened, sessions, backends, capacity, max_tiles)
 
     def generate(
         self,
@@ -259,7 +274,7 @@ class VLM:
         sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
         request = normalize_request(prompt, images, messages)
         pictures = [load_image(source) for source in request.images]  # type: ignore[arg-type]
-        built = self._family.build_prompt(self._builder, self.bundle.manifest, request)
+        built = self._family.build_prompt(self._builder, self.bundle.manifest, request.with_images(pictures))
         if len(built.ids) + 1 > self.capacity:
             raise CapacityError(
                 f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
@@ -273,7 +288,7 @@ class VLM:
             view = View(image_digest(picture), built.instruction)
             # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
             view.known = {key: kept for key in (view.digest, view.key) if (kept := self._features.kept.get(key)) is not None}
-            view.pixel_values = None if view.known else self._processor(picture)
+            view.pixel_values = None if view.known else self._pixels(picture)
             views.append(view)
 
         def pieces() -> Generator[Piece, None, None]:
@@ -289,6 +304,13 @@ class VLM:
         return Stream(pieces(), result, timings)
 
     # ------------------------------------------------------------------------------------------- inside
+
+    def _count_places(self, picture: Any) -> int:
+        return self.bundle.manifest.image.places * self._processor.count_tiles(picture.height, picture.width, self.max_tiles)
+
+    def _pixels(self, picture: Any) -> np.ndarray:
+        """float `[tiles, 3, H, W]`."""
+        return self._processor.cut(picture, self.max_tiles)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -434,6 +456,14 @@ class VLM:
         result["text"] += rest
         if rest:
             yield Piece(rest, None)
+
+
+def _tiles_within(visual_tokens: int, places: int) -> int:
+    """The most tiles that cost no more, the one of the whole picture, which comes with two or more, included."""
+    tiles = visual_tokens // places
+    if tiles < 1:
+        raise InputError(f"visual_tokens is {visual_tokens}; the least that this model can see of a picture takes {places}.")
+    return tiles - 1 if tiles > 2 else 1
 
 
 def _read_json(path: Path) -> dict[str, Any]:

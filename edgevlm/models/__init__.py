@@ -76,7 +76,7 @@ class Family(Protocol):
         """Token ids and places as the checkpoint's own processor has them. Raises PromptError."""
 
     def encode_image(self, run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> Embedded:
-        """float `[3, H, W]` of one picture, through the parts that see nothing but the picture."""
+        """float `[tiles, 3, H, W]` of one picture, mostly one tile, through the parts that see nothing but the picture."""
 
     def embed_image(self, run: RunPart, manifest: Manifest, encoded: Embedded, instruction: Sequence[int]) -> Embedded:
         """What `encode_image` gave, through the part that reads the instruction too. Only families whose bundles have an

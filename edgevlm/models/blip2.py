@@ -320,7 +320,7 @@ def build_prompt(builder: PromptBuilder, manifest: Manifest, request: Request) -
 
 
 def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:
-    features = run("vision_encoder", {"pixel_values": pixel_values[None]})["vision_features"]
+    features = run("vision_encoder", {"pixel_values": pixel_values})["vision_features"]
     return features[0] if manifest.instruction_length is not None else _ask(run, {"vision_features": features})
 
 

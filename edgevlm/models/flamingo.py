@@ -240,7 +240,7 @@ def build_prompt(builder: PromptBuilder, manifest: Manifest, request: Request) -
         ids = builder.tokenizer.encode(text, add_special_tokens=False)
     else:
         text, ids = builder.encode(request)
-    return last_picture(builder.expand(text, ids, len(request.images)), builder.tokenizer.id_of("eos_token"))
+    return last_picture(builder.expand(text, ids, request.images), builder.tokenizer.id_of("eos_token"))
 
 
 def _written(builder: PromptBuilder, request: Request) -> str:
@@ -278,7 +278,7 @@ def last_picture(prompt: Prompt, end_id: int | None) -> Prompt:
 
 
 def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> Mapping[str, np.ndarray]:
-    features = run("vision_encoder", {"pixel_values": pixel_values[None]})
+    features = run("vision_encoder", {"pixel_values": pixel_values})
     if "resampler" in manifest.parts:
         features = run("resampler", features)
     return run("cross_kv", features)

@@ -153,7 +153,7 @@ def build_prompt(builder: PromptBuilder, manifest: Manifest, request: Request) -
 
 
 def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:
-    features = run("vision_encoder", {"pixel_values": pixel_values[None]})["vision_features"]
+    features = run("vision_encoder", {"pixel_values": pixel_values})["vision_features"]
     return run("projector", {"vision_features": features})["image_features"][0]
 
 
