@@ -111,7 +111,8 @@ class CrossAttention:
 class ImageTokens:
     """The token that marks a picture's places, and how many places one picture (or one of its tiles) takes in the prompt.
 
-    `before` and `after` are the ids around the places of a picture. A checkpoint whose tokenizer has no such token has the token "" and the id -1.
+    `before` and `after` are the ids around the places of a picture. A checkpoint whose tokenizer has no such token has the
+    token "" and the id -1.
     """
 
     token: str

@@ -408,9 +408,9 @@ class Prompt:
 class PromptBuilder:
     """Ties template, tokenizer and image token together.
 
-    `tokens_per_image` gives the number of places that a picture takes, `around` the ids before and behind them. `instruction` is the tokenizer of the part
-    that reads the instruction beside the picture, where there is one. Raises `ManifestError` where the tokenizer has
-    another id for `image_token`, or none; the id -1 says that there is no such token.
+    `tokens_per_image` gives the number of places that a picture takes, `around` the ids before and behind them.
+    `instruction` is the tokenizer of the part that reads the instruction beside the picture, where there is one. Raises
+    `ManifestError` where the tokenizer has another id for `image_token`, or none; the id -1 says that there is none.
     """
 
     tokenizer: Tokenizer

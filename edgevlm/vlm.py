@@ -202,7 +202,8 @@ class VLM:
         length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `cpu` or `cuda` for every
         part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
         limits the cores of each part. `max_tiles` or `visual_tokens` limit what a picture costs, for models that cut it into
-        tiles: fewer of them see less detail, sooner. `check_files` compares every file with its hash (about a second a gigabyte).
+        tiles: fewer of them see less detail, sooner. `check_files` compares every file with its hash (about a second a
+        gigabyte).
 
         Raises BundleError and its kinds, InputError, MissingDependencyError.
         """

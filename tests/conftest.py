@@ -16,12 +16,15 @@ from tiny import (
     BLIP2S,
     FLAMINGOS,
     INSTRUCTBLIPS,
+    INTERNVLS,
     LLAVAS,
     TinyBlip2,
     TinyFlamingo,
+    TinyInternVL,
     TinyLlava,
     make_blip2,
     make_flamingo,
+    make_internvl,
     make_llava,
 )
 
@@ -36,7 +39,7 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 class Tiny:
     """One tiny model under `folder`; what is asked for is made on first use."""
 
-    tiny: TinyLlava | TinyBlip2 | TinyFlamingo
+    tiny: TinyLlava | TinyBlip2 | TinyFlamingo | TinyInternVL
     folder: Path
 
     @property
@@ -55,6 +58,8 @@ class Tiny:
             return make_llava(folder, self.tiny)
         if isinstance(self.tiny, TinyBlip2):
             return make_blip2(folder, self.tiny)
+        if isinstance(self.tiny, TinyInternVL):
+            return make_internvl(folder, self.tiny)
         return make_flamingo(folder, self.tiny)
 
     @property
@@ -96,7 +101,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     """The tiny model of a name in the lists of `tiny`, of any family."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    every = [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS]
+    every = [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS, *INTERNVLS]
     known = {one.name: Tiny(one, shared / "tiny" / one.name) for one in every}
     assert len(known) == len(every)
     return known.__getitem__

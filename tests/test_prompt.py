@@ -205,8 +205,11 @@ def test_prompt_and_list(folder: Path) -> None:
 
 def test_places_vary_by_picture(folder: Path) -> None:
     builder = _builder(folder, LLAVA)
-    builder.tokens_per_image = lambda index: 3 + index
-    prompt = builder.build(normalize_request([PICTURE, PICTURE, "What?"]))
+    builder.tokens_per_image = len
+    builder.around = ((7, 8), (9,))
+    prompt = builder.build(normalize_request([np.zeros((3, 2, 3)), np.zeros((4, 2, 3)), "What?"]))
+    for start, length in prompt.places:
+        assert (prompt.ids[start - 2 : start], prompt.ids[start + length]) == ([7, 8], 9)
     assert [length for _, length in prompt.places] == [3, 4]
     assert prompt.ids.count(builder.image_token_id) == 7
 

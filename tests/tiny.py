@@ -174,6 +174,34 @@ FLAMINGOS = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TinyInternVL:
+    """A configuration of InternVL; `most` tiles of a picture, `side` pixels each."""
+
+    name: str
+    decoder: str = "qwen2"
+    kv_heads: int = 2
+    side: int = 28
+    patch: int = 7
+    layer: int = -1
+    most: int = 12
+    tied: bool = False
+    legacy: bool = True
+    dtype: str = "float32"
+    max_shard: str | None = None
+    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+
+INTERNVLS = [
+    TinyInternVL("internvl-qwen2"),
+    TinyInternVL("internvl-qwen3-tied", decoder="qwen3", tied=True, most=4, dtype="float16", max_shard="100KB", legacy=False),
+    TinyInternVL("internvl-llama-rms", decoder="llama", kv_heads=4, side=42, most=6, vision={
+        "norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": True, "use_mean_pooling": False}, dtype="bfloat16"),
+    TinyInternVL("internvl-one-tile", layer=-2, most=1, vision={"use_absolute_position_embeddings": False}),
+]  # fmt: skip
+
+
 def tiny_tokenizer(image: bool = True) -> Any:
     """Byte-fallback BPE as Llama has it, a few hundred tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -513,3 +541,73 @@ def load_tiny(folder: Path) -> tuple[Any, Any]:
     if getattr(model.config, "image_token_index", 0) is None:
         model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
     return model, processor
+
+
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_internvl(folder: Path, tiny: TinyInternVL, seed: int = 0) -> Path:
+    """Writes the checkpoint into `folder` and returns it; InternVLProcessor, which needs torchvision, writes none of it."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLVisionConfig,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen3Config,
+    )
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    learner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    learner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    named = {"context_image_token": special[5], "start_image_token": special[3], "end_image_token": special[4]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learner, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
+        extra_special_tokens=named | {"video_token": "<video>"},
+    )  # fmt: skip
+    image_token, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<IMG_CONTEXT>", "<|im_end|>"))
+    vision = InternVLVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=[tiny.side] * 2,
+        patch_size=[tiny.patch] * 2, **tiny.vision,
+    )  # fmt: skip
+    kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[tiny.decoder]
+    text = kind(
+        vocab_size=len(tokenizer) + 3, hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=tiny.kv_heads, max_position_embeddings=2048, tie_word_embeddings=tiny.tied, eos_token_id=end,
+        bos_token_id=None, pad_token_id=0, **({} if tiny.decoder == "qwen2" else {"head_dim": 16}),
+    )  # fmt: skip
+    places = (tiny.side // tiny.patch) ** 2 // 4
+    config = InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=image_token, image_seq_length=places,
+        vision_feature_layer=tiny.layer, tie_word_embeddings=tiny.tied,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = InternVLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.1))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
+    model.to(getattr(torch, tiny.dtype)).save_pretrained(
+        folder, save_original_format=tiny.legacy, **({"max_shard_size": tiny.max_shard} if tiny.max_shard else {})
+    )
+    tokenizer.save_pretrained(folder)
+    GotOcr2ImageProcessorPil(
+        size={"height": tiny.side, "width": tiny.side}, min_patches=1, max_patches=tiny.most, crop_to_patches=False
+    ).save_pretrained(folder)
+    about = {"processor_class": "InternVLProcessor", "image_seq_length": places}
+    (folder / "processor_config.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(INTERNVL_TEMPLATE, encoding="utf-8")
+    return folder

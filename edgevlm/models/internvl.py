@@ -40,10 +40,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     text = config.get("text_config") or {}
     decoder = text.get("model_type", "qwen2")
     if decoder not in DECODERS:
-        raise UnsupportedModelError(f"InternVL with the decoder {decoder!r} is not supported; supported are {', '.join(DECODERS)}.")
+        raise UnsupportedModelError(
+            f"InternVL with the decoder {decoder!r} is not supported; supported are {', '.join(DECODERS)}."
+        )
     llava.check_rotary(text)
     if not isinstance(config.get("vision_feature_layer", -1), int):
-        raise UnsupportedModelError(f"vision_feature_layer = {config['vision_feature_layer']!r} is not supported; one layer is.")
+        raise UnsupportedModelError(
+            f"vision_feature_layer = {config['vision_feature_layer']!r} is not supported; one layer is."
+        )
 
 
 def build_model(folder: Path) -> Any:
@@ -140,7 +144,7 @@ def describe(folder: Path, config: Any, dtype: str) -> Manifest:
     places = _read(folder / "processor_config.json").get("image_seq_length", image_places(config))
     if places != image_places(config):
         raise UnsupportedModelError(
-            f"processor_config.json gives a tile {places} places; the model makes {image_places(config)} of it. They do not fit."
+            f"processor_config.json gives a tile {places} places; the model makes {image_places(config)} of it."
         )
     return Manifest(
         family="internvl",

@@ -673,7 +673,7 @@ def _seeing(prompt: Prompt, manifest: Manifest) -> Prompt:
 
 
 def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> Embedded:
-    features = run("resampler", run("vision_encoder", {"pixel_values": pixel_values[None]}))
+    features = run("resampler", run("vision_encoder", {"pixel_values": pixel_values}))
     return run("cross_kv", features)
 
 
