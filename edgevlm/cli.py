@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("export", _export, "Turn a Hugging Face checkpoint into a bundle.")
     sub.add_argument(
-        "--model", required=True, help="alias (llava, blip2, flamingo), Hub id, local folder, or shipped model (demo/llava)"
+        "--model", required=True, help="alias (llava, blip2, flamingo, internvl), Hub id, local folder, or shipped model (demo/llava)"
     )
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
@@ -106,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach P together")
     sub.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
     sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--max-tiles", type=int, metavar="N", help="most tiles that a picture is cut into (InternVL)")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take (InternVL)")
     sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of the stream")
@@ -185,7 +187,10 @@ def _run(arguments: argparse.Namespace) -> int:
     # A large model takes a while to load; what is wrong with the request is said before.
     Sampling(arguments.temperature, arguments.top_p, None, arguments.seed, arguments.max_new_tokens)
     pictures = [load_image(path) for path in arguments.image]
-    vlm = VLM.load(arguments.bundle, capacity=arguments.capacity, backend=arguments.backend, threads=arguments.threads)
+    vlm = VLM.load(
+        arguments.bundle, capacity=arguments.capacity, backend=arguments.backend, threads=arguments.threads,
+        max_tiles=arguments.max_tiles, visual_tokens=arguments.visual_tokens,
+    )  # fmt: skip
     stream = vlm.stream(
         arguments.prompt, images=pictures, max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
