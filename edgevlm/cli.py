@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("export", _export, "Turn a Hugging Face checkpoint into a bundle.")
     sub.add_argument(
-        "--model", required=True, help="alias (llava, blip2, flamingo, internvl), Hub id, local folder, or shipped model (demo/llava)"
+        "--model",
+        required=True,
+        help="alias (llava, blip2, flamingo, internvl), Hub id, local folder, or shipped model (demo/llava)",
     )
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
