@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .scenes import KINDS, SPLITS, Question, Scene, ask_all, render_scene, sample_scene
+from .scenes import KINDS, SPLITS, Question, Scene, ask, ask_all, render_scene, sample_scene
 from .vlm import VLM
 
-__all__ = ["Score", "blind_answers", "score_answers", "score_scenes"]
+__all__ = ["Score", "blind_answers", "score_answers", "score_scenes", "worked_examples"]
+
+#: Scenes, from the first one of the split on, that the shipped models were trained on.
+_TRAINED = 48_000
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def score_scenes(
             if scene is not shown:
                 shown, picture = scene, render_scene(scene, side)
             if shots:
-                chat = [turn for example in _examples(shots, number) for turn in _turns(*example, side)]
+                chat = [turn for example in worked_examples(number, shots) for turn in _turns(*example, side)]
                 reply = vlm.generate(messages=[*chat, _ask(picture, question.text)], max_new_tokens=48)
             else:
                 reply = vlm.generate(question.text, images=[picture], max_new_tokens=48)
@@ -68,10 +71,17 @@ def score_scenes(
     return score_answers(answers())
 
 
-def _examples(count: int, seed: int) -> list[tuple[Scene, Question]]:
-    rng = random.Random(f"shots {seed}")
-    scenes = [sample_scene(rng.choice(SPLITS["train"])) for _ in range(count)]
-    return [(scene, rng.choice(ask_all(scene))) for scene in scenes]
+def worked_examples(number: int, shots: int) -> list[tuple[Scene, Question]]:
+    """Scenes that the shipped models were trained on, each with a question of a kind drawn at random, for question `number`.
+    More shots begin with the same ones."""
+    examples: list[tuple[Scene, Question]] = []
+    rng = random.Random(f"shots {number}")
+    while len(examples) < shots:
+        scene = sample_scene(SPLITS["train"].start + rng.randrange(_TRAINED))
+        question = ask(scene, rng.choice(KINDS), rng)
+        if question is not None:
+            examples.append((scene, question))
+    return examples
 
 
 def _turns(scene: Scene, question: Question, side: int) -> list[dict[str, Any]]:

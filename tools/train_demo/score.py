@@ -6,29 +6,17 @@ Nothing of the training code is used, so a prompt that was trained in another fo
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from edgevlm.scenes import KINDS, SPLITS, Question, Scene, ask, heldout_questions, render_scene, sample_scene
+from edgevlm.evaluate import worked_examples
+from edgevlm.scenes import KINDS, Question, Scene, heldout_questions, render_scene
 
 CAMERA = 224
 Example = tuple[Scene, Question]
-
-
-def worked_examples(number: int, shots: int) -> list[Example]:
-    """Training scenes, each with a question of a kind drawn at random. More shots begin with the same ones."""
-    examples: list[Example] = []
-    rng = random.Random(f"shots {number}")
-    while len(examples) < shots:
-        scene = sample_scene(SPLITS["train"].start + rng.randrange(48_000))
-        question = ask(scene, rng.choice(KINDS), rng)
-        if question is not None:
-            examples.append((scene, question))
-    return examples
 
 
 def inputs(model: str, processor: Any, batch: list[Example], examples: list[list[Example]]) -> Any:
