@@ -52,15 +52,14 @@ def run_demo(output: Path, questions: int, console: Any, models: Sequence[str] =
     for report in reports.values():
         print_report(report, console)
 
-    console.print("\n[bold]3. Ask[/] about a scene")
+    console.print("\n[bold]3. Ask[/] about a scene (milliseconds to the first token)")
     picture = render_scene(sample_scene(SCENE), 336)
     picture.save(output / "scene.png")
     for name in models:
         vlm = VLM.load(folders[name, "int4"])
         for text in QUESTIONS:
             reply = vlm.generate(text, images=[picture])
-            first = f"({reply.timings.first_token:.0f} ms to the first token)"
-            console.print(f"   {name:<9} {text}  [bold]{reply.text.strip()}[/]   {first}")
+            console.print(f"   {name:<9} {text}  [bold]{reply.text.strip()}[/]   ({reply.timings.first_token:.0f} ms)")
     example = folders[models[0], "int4"]
     console.print(f"   The picture is {output / 'scene.png'}; ask more: edgevlm run {example} --image … --prompt …")
 
