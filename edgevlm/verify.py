@@ -161,9 +161,9 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
         report.notes.append(f"preprocessing was not compared, transformers cannot load the processor: {reference.no_processor}")
     prompts: list[_Prompt] = []
     for case, items in _cases(*family.PICTURES):
-        stage(f"preprocessing: {case}")
         if prompts and "long" in case and "long" in prompts[-1].case:
             continue
+        stage(f"preprocessing: {case}")
         try:
             prompt = _prepare(vlm, reference, case, items, report)
             too_long = len(prompt.built.ids) + TOKENS > bundle.manifest.context_length

@@ -17,6 +17,8 @@ import json
 import math
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +214,10 @@ def _read_pickle(path: Path, stage: Callable[[str], None]) -> dict[str, _Weight]
 
     stage(f"reading {path.name} (a pickle can run any code when it is read: only tensors are let in)")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # What torch before 1.6 wrote is no archive that could be mapped, and comes into memory whole.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of other pickle protocols before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as exc:
         reason = next((line.strip() for line in str(exc).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(exc))
         raise WeightsError(
@@ -221,8 +226,8 @@ def _read_pickle(path: Path, stage: Callable[[str], None]) -> dict[str, _Weight]
         ) from exc
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as exc:
         raise WeightsError(
-            f"{path} cannot be read as what torch.save writes ({type(exc).__name__}: {str(exc)[:200]}). It may be truncated, "
-            "or older than torch 1.6: fetch it again, or save it anew with a newer torch."
+            f"{path} cannot be read as what torch.save writes ({type(exc).__name__}: {str(exc)[:200]}). It may be truncated: "
+            "fetch it again."
         ) from exc
     if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):  # of the training script
         state = state["model_state_dict"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -270,6 +271,21 @@ def test_code_in_the_pickle_of_a_language_model_is_not_run(tmp_path: Path, fresh
 def test_files_that_are_no_pickles_of_torch(tmp_path: Path, inputs: dict[str, Path], content: bytes, expected: str) -> None:
     inputs["weights"].write_bytes(content)
     assert expected in refused(WeightsError, inputs, tmp_path)
+
+
+def test_the_form_of_files_before_torch_1_6(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    expected = convert(inputs, tmp_path / "new")
+    state = torch.load(inputs["weights"], weights_only=True)
+    torch.save(state, inputs["weights"], _use_new_zipfile_serialization=False)
+    found = convert(inputs, tmp_path / "old")
+    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_a_bare_pickle_with_code(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    trace = tmp_path / "it-ran"
+    inputs["weights"].write_bytes(pickle.dumps({"perceiver.extra": Bomb(trace)}))
+    assert "could run any code" in refused(WeightsError, inputs, tmp_path)
+    assert not trace.exists()
 
 
 def test_a_truncated_file(tmp_path: Path, inputs: dict[str, Path]) -> None:
