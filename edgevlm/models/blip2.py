@@ -75,7 +75,7 @@ def weight_name(name: str) -> str:
 
 def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     from . import PartSpec, cross_tensors, decoder_spec, embedding_spec
-    from .decoder import CachedDecoder, Embedding
+    from .decoder import CachedDecoder, Embedding, LastHiddenState
 
     config, language = model.config, model.language_model
     vision, text, queries = config.vision_config, config.text_config, config.num_query_tokens
@@ -90,7 +90,7 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     specs = [
         PartSpec(
             "vision_encoder",
-            modules["vision"](model.vision_model),
+            LastHiddenState(model.vision_model),
             {"pixel_values": (("batch_size", 3, side, side), dtype)},
             {"vision_features": features},
         ),
@@ -137,16 +137,6 @@ def _modules() -> dict[str, type[Any]]:
     from torch import Tensor, nn
 
     from .decoder import CrossDecoder
-
-    class VisionEncoder(nn.Module):
-        """pixel_values `[B, 3, H, W]` → all tokens of the last layer behind the final norm, `[B, patches + 1, width]`."""
-
-        def __init__(self, tower: nn.Module) -> None:
-            super().__init__()
-            self.tower = tower
-
-        def forward(self, pixel_values: Tensor) -> Tensor:
-            return self.tower(pixel_values=pixel_values).last_hidden_state
 
     class QFormer(nn.Module):
         """vision_features `[B, patches + 1, width]` → what each query found, `[B, queries, width]`."""
@@ -223,7 +213,7 @@ def _modules() -> dict[str, type[Any]]:
             return super().hidden_states(inputs_embeds, position_ids, cache) * self.scale
 
     return {
-        "vision": VisionEncoder, "qformer": QFormer, "instructed": InstructedQFormer, "cut": CutProjection,
+        "qformer": QFormer, "instructed": InstructedQFormer, "cut": CutProjection,
         "text_encoder": TextEncoder, "cross_kv": CrossKV, "decoder": T5Decoder,
     }  # fmt: skip
 

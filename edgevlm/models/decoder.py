@@ -1,4 +1,5 @@
-"""The language decoder that every family ends in, as a torch module around a KV cache of fixed capacity.
+"""The language decoder that every family ends in, as a torch module around a KV cache of fixed capacity, and the smaller
+modules that families share.
 
 transformers' own modelling code runs unchanged: attention goes through its `AttentionInterface`, its cache is replaced
 by one that hands new rows through, and what must stay one node becomes a standard ONNX operator (`TensorScatter`,
@@ -20,7 +21,16 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-__all__ = ["ATTENTION", "CachedDecoder", "CrossDecoder", "Embedding", "NewRows", "StaticCache", "attention_node"]
+__all__ = [
+    "ATTENTION",
+    "CachedDecoder",
+    "CrossDecoder",
+    "Embedding",
+    "LastHiddenState",
+    "NewRows",
+    "StaticCache",
+    "attention_node",
+]
 
 #: The name under which transformers finds the attention below.
 ATTENTION = "edgevlm"
@@ -156,6 +166,17 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.table(input_ids)
+
+
+class LastHiddenState(nn.Module):
+    """A whole vision tower: pixel_values `[B, 3, H, W]` → every token of its last layer, `[B, tokens, width]`."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.tower(pixel_values=pixel_values).last_hidden_state
 
 
 class CachedDecoder(nn.Module):

@@ -73,6 +73,7 @@ def weight_name(name: str) -> str:
 
 def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     from . import PartSpec, cross_tensors, decoder_spec, embedding_spec
+    from .decoder import LastHiddenState
 
     config, body = model.config, model.model
     vision, modules = config.vision_config, _modules()
@@ -83,7 +84,7 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     specs = [
         PartSpec(
             "vision_encoder",
-            modules["vision"](body.vision_model),
+            LastHiddenState(body.vision_model),
             {"pixel_values": (("batch_size", vision.num_channels, vision.image_size, vision.image_size), dtype)},
             {"vision_features": features},
         )
@@ -124,16 +125,6 @@ def _modules() -> dict[str, type[Any]]:
     from torch import Tensor, nn
 
     from .decoder import CachedDecoder, NewRows
-
-    class VisionEncoder(nn.Module):
-        """pixel_values `[B, 3, H, W]` → all tokens of the last layer, `[B, patches + 1, width]`."""
-
-        def __init__(self, tower: nn.Module) -> None:
-            super().__init__()
-            self.tower = tower
-
-        def forward(self, pixel_values: Tensor) -> Tensor:
-            return self.tower(pixel_values=pixel_values).last_hidden_state
 
     class CrossKV(nn.Module):
         """Latents or patch features `[B, L, width]` → keys and values of every gated layer, `[B, H, L, D]` each."""
@@ -194,7 +185,7 @@ def _modules() -> dict[str, type[Any]]:
             ).last_hidden_state  # fmt: skip
 
     return {
-        "vision": VisionEncoder, "cross_kv": CrossKV, "embedding": Embedding, "head": Head, "decoder": Decoder,
+        "cross_kv": CrossKV, "embedding": Embedding, "head": Head, "decoder": Decoder,
     }  # fmt: skip
 
 
