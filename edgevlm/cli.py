@@ -11,10 +11,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import EdgeVLMError, MissingDependencyError
@@ -23,11 +26,16 @@ from .tables import make_console, print_parts, print_report
 __all__ = ["build_parser", "main"]
 
 
+#: Set by Ctrl-C. The exception alone may be lost: raised inside a callback of torch's tracer, it is swallowed or wrapped.
+_interrupted = threading.Event()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        with _noting_interrupts():
+            return int(arguments.command(arguments))
     except EdgeVLMError as exc:
         return _fail(arguments, 2, f"error: {exc}")
     except KeyboardInterrupt:
@@ -36,7 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
         return 0
     except Exception as exc:  # the last resort: a bug, reported as one
+        if _interrupted.is_set():
+            return _fail(arguments, 130, "interrupted; nothing was left behind")
         return _fail(arguments, 3, f"internal error: {type(exc).__name__}: {exc}. This is a bug; --debug shows where.")
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[None]:
+    _interrupted.clear()
+    before = signal.getsignal(signal.SIGINT)
+    # Whoever has another handler, or runs this in a thread, decides for itself.
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_if_interrupted() -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _fail(arguments: argparse.Namespace, code: int, text: str) -> int:
@@ -320,7 +355,12 @@ def _extra(name: str) -> Iterator[None]:
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int], None]]]:
     """A bar on stderr: what is being done, and over how many tensors it is through. In a log, a line for each stage."""
     if not sys.stderr.isatty():
-        yield lambda text: print(f"{text} …", file=sys.stderr, flush=True), lambda *_: None
+
+        def say(text: str) -> None:
+            _stop_if_interrupted()
+            print(f"{text} …", file=sys.stderr, flush=True)
+
+        yield say, lambda *_: _stop_if_interrupted()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -335,9 +375,11 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
         task = bars.add_task("starting", total=None, detail="")
 
         def stage(text: str) -> None:
+            _stop_if_interrupted()
             bars.update(task, description=text, completed=0, total=None, detail="")
 
         def step(name: str, done: int, total: int, size: int) -> None:
+            _stop_if_interrupted()
             bars.update(task, completed=done + 1, total=total, detail=f"{name} ({size / 1e6:.1f} MB)")
 
         yield stage, step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -402,6 +403,34 @@ def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path)
     assert "interrupted; nothing was left behind" in err
     assert "Traceback" not in err
     assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", [None, RuntimeError("wrapped")], ids=["swallowed", "wrapped"])
+def test_an_interrupt_that_a_library_loses_still_counts(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: Exception | None,
+) -> None:
+    """torch's tracer has callbacks in which an exception goes nowhere."""
+    from edgevlm.export import trace
+
+    traced = trace.trace_part
+
+    def loses(*given: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        if lost:
+            raise lost
+        return traced(*given)
+
+    monkeypatch.setattr(trace, "trace_part", loses)
+    assert call("export", "--model", checkpoint, "--output", tmp_path / "out" / "bundle") == 130
+    assert "interrupted; nothing was left behind" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("command", ["run", "run --json", "inspect", "inspect --json", "doctor"])

@@ -96,7 +96,7 @@ def test_a_stopped_training_goes_on_where_it_was(tool, tmp_path):
     assert not (tmp_path / "stopped/out").exists()
     resumed = train(tool, "llava", tmp_path / "stopped", 1e-3, Llava)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    log = (tmp_path / "stopped/work/llava/log.txt").read_text()
+    log = (tmp_path / "stopped" / "work" / "llava" / "log.txt").read_text()
     assert log.count("vision 3/3") == 1  # stages that were done are not done again
 
 
