@@ -26,7 +26,8 @@ from .tables import make_console, print_parts, print_report
 __all__ = ["build_parser", "main"]
 
 
-#: Set by Ctrl-C. The exception alone may be lost: raised inside a callback of torch's tracer, it is swallowed or wrapped.
+#: Set by Ctrl-C. The exception alone may be lost: Python prints and drops one that is raised inside a finaliser or the callback
+#: of a weak reference, of which torch's tracer has many.
 _interrupted = threading.Event()
 
 

@@ -391,7 +391,14 @@ def test_verify_notices_other_weights(
 def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "bundle"
     command = [sys.executable, "-m", "edgevlm", "export", "--model", str(checkpoint), "--output", str(output)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while not list(output.parent.glob(".bundle.*")):  # until it has begun to write
         assert started.poll() is None, started.communicate()
@@ -411,10 +418,14 @@ def test_an_interrupt_that_a_library_loses_still_counts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     lost: Exception | None,
 ) -> None:
-    """torch's tracer has callbacks in which an exception goes nowhere."""
+    """Inside a finaliser or a weak reference's callback, an exception goes nowhere."""
     from edgevlm.export import trace
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     traced = trace.trace_part
 
