@@ -5,7 +5,6 @@ Needs the `export` extra. It knows nothing of bundles.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,9 @@ class Reference:
 
     def run_part(self, spec: PartSpec, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A part's outputs, by its module."""
-        count = len(inspect.signature(spec.module.forward).parameters)
         with torch.no_grad():
             arguments = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in spec.inputs]
-            out = spec.module(*arguments[:count])
+            out = spec.module(*arguments)
         outputs = out if isinstance(out, tuple) else (out,)
         return {name: np.asarray(value.numpy()) for name, value in zip(spec.outputs, outputs, strict=True)}
 

@@ -215,10 +215,11 @@ class VLM:
             raise InputError(
                 f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
             )
-        if visual_tokens is not None:
-            max_tiles = min(max_tiles or 1 << 30, _tiles_within(visual_tokens, manifest.image.places))
         if max_tiles is not None and max_tiles < 1:
             raise InputError(f"max_tiles is {max_tiles}; it is 1 or more.")
+        if visual_tokens is not None:
+            tiles = _tiles_within(visual_tokens, manifest.image.places)
+            max_tiles = tiles if max_tiles is None else min(tiles, max_tiles)
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
         missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]

@@ -123,3 +123,14 @@ def checkpoint(tiny: Callable[[str], Tiny]) -> Path:
 def bundle(tiny: Callable[[str], Tiny]) -> Path:
     """The fp32 export of `checkpoint`; copy it to change it."""
     return tiny(LLAVAS[0].name).bundle
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are not worth the threads of PyTorch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -49,15 +49,7 @@ def configurations(*always: str, of: Iterable[str] = EVERY) -> pytest.MarkDecora
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors are not worth the threads of PyTorch."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -111,14 +103,12 @@ ASKED: dict[str, list[Any]] = {
 }
 
 
-@configurations("blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third")
+@configurations(*MECHANISMS, of=[name for name in EVERY if name != LLAVAS[0].name])  # tests/test_vlm.py compares more of LLaVA
 def test_the_tokens_are_those_of_transformers(tiny: Callable[[str], Tiny], name: str) -> None:
     """From the outside: its processor and its `generate` on one side, the runtime on the other."""
     import torch
 
     one = tiny(name)
-    if isinstance(one.tiny, TinyLlava):
-        pytest.skip("tests/test_vlm.py compares more of LLaVA")
     model, processor = load_tiny(one.checkpoint)
     model, ours = model.float(), load(one.bundle)
     for case, items in ASKED.items():

@@ -87,7 +87,14 @@ def test_all_tiles_run_at_once_and_once(tiny: Callable[[str], Tiny]) -> None:
     assert runs() == {"embed_tokens": 2, "decoder": 2}
 
 
-@pytest.mark.parametrize(("option", "said"), [({"max_tiles": 0}, "max_tiles is 0"), ({"visual_tokens": 1}, "takes 4")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"max_tiles": 0}, "max_tiles is 0"),
+        ({"max_tiles": 0, "visual_tokens": 100}, "max_tiles is 0"),
+        ({"visual_tokens": 1}, "takes 4"),
+    ],
+)
 def test_limits_that_cannot_be_met(tiny: Callable[[str], Tiny], option: dict[str, int], said: str) -> None:
     with pytest.raises(InputError, match=said):
         VLM.load(tiny(NAME).bundle, **option)  # type: ignore[arg-type]

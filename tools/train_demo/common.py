@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -392,7 +393,7 @@ def grid_of_sines(width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- training
 
 
-class Trainer:
+class Trainer(ABC):
     """The loop. A model says what it is made of (`build`), what it learns (`stages`, `chosen`, `loss`), how it answers
     (`look`, `read`), and what processor it is published with."""
 
@@ -416,34 +417,34 @@ class Trainer:
         self.validation = Pictures(Path(arguments.work), "validation", arguments.validation)
         self.features: np.ndarray | None = None
 
-    def build(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> None: ...
 
+    @abstractmethod
     def chosen(self, stage: Stage) -> list[tuple[list[nn.Parameter], float]]:
         """What a stage trains, each with its share of the stage's rate."""
-        raise NotImplementedError
 
-    def begin(self, stage: Stage, fresh: bool) -> None:
+    def begin(self, stage: Stage, fresh: bool) -> None:  # noqa: B027 - most have nothing to do then
         """Called before a stage, also when it is taken up again (not `fresh`)."""
 
-    def loss(self, stage: Stage, step: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self, stage: Stage, step: int) -> Tensor: ...
 
+    @abstractmethod
     def look(self, pictures: Pictures, index: np.ndarray) -> Tensor:
         """What the language model is given of the pictures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, rows: Rows, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits and targets at every labelled place. May leave the decoder's states in `states`, for a `Pointer`."""
-        raise NotImplementedError
 
-    def processor(self) -> ProcessorMixin:
-        raise NotImplementedError
+    @abstractmethod
+    def processor(self) -> ProcessorMixin: ...
 
     # frozen towers
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features of a frozen tower, all tokens."""
-        raise NotImplementedError
+        """Features of a frozen tower, all tokens; for models that have one."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen tower")
 
     def remember(self) -> None:
         """Every training picture goes through the frozen tower once; the features stay in the work folder."""
@@ -475,8 +476,8 @@ class Trainer:
             return self.encode(pictures.batch(index))
 
     @property
-    def tower(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def tower(self) -> Any: ...
 
     # data
     def draw(self, stage: Stage, step: int, per_row: int = 1) -> tuple[random.Random, np.ndarray]:
