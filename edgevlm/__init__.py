@@ -9,9 +9,11 @@ Importing this package, and running a model, needs neither torch nor transformer
 
 from __future__ import annotations
 
+from .boxes import Box
 from .errors import EdgeVLMError
-from .vlm import VLM, Piece, Reply, Stream, Timings
+from .prompt import Video
+from .vlm import VLM, Piece, Reply, Seen, Stream, Timings
 
-__all__ = ["VLM", "EdgeVLMError", "Piece", "Reply", "Stream", "Timings", "__version__"]
+__all__ = ["VLM", "Box", "EdgeVLMError", "Piece", "Reply", "Seen", "Stream", "Timings", "Video", "__version__"]
 
 __version__ = "0.1.0"

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 MANIFEST = "edgevlm.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 #: numpy's own errors of a short write have no number: https://github.com/numpy/numpy/issues/17589 and .../pull/28771
 _NUMPY_DISK_FULL = ("requested and", "Not enough free space")
 #: What a part's inputs and outputs may be.
@@ -112,7 +112,7 @@ class ImageTokens:
     """The token that marks a picture's places, and how many places one picture (or one of its tiles) takes in the prompt.
 
     `before` and `after` are the ids around the places of a picture. A checkpoint whose tokenizer has no such token has the
-    token "" and the id -1.
+    token "" and the id -1. Where the number depends on the size of the picture, `places` is 0.
     """
 
     token: str
@@ -120,6 +120,20 @@ class ImageTokens:
     places: int
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How a picture of any size becomes patches and places: `size` pixels a patch, `temporal` frames a layer, `merge` by
+    `merge` patches a place. `window` is the side of an attention window in places, 0 where attention is over the whole frame;
+    `tokens_per_second` what a second of a film counts in positions, 0 where layers are counted.
+    """
+
+    size: int
+    temporal: int
+    merge: int
+    window: int = 0
+    tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,8 @@ class Manifest:
 
     `decoder_start_id` is the token that a decoder begins with whose prompt went into an encoder. `instruction_length` is
     the longest instruction, in tokens of its own tokenizer, that shapes what is seen in a picture. `image_options` are what
-    the family sets of the image processor's options, whatever its own file says.
+    the family sets of the image processor's options, whatever its own file says. `video` is the token of films, for models
+    that take them, `patches` how pictures of any size are laid out.
     """
 
     family: str
@@ -148,6 +163,8 @@ class Manifest:
     decoder_start_id: int | None = None
     instruction_length: int | None = None
     image_options: dict[str, Any] = field(default_factory=dict)
+    video: ImageTokens | None = None
+    patches: PatchGrid | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

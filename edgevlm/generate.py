@@ -69,11 +69,19 @@ class Decoder:
         self._blocks += [(key, next(iter(tensors.values())).shape[2]) for key, tensors in made]
         return len(made)
 
-    def forward(self, embeds: np.ndarray, start: np.ndarray, last: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
+    def forward(
+        self,
+        embeds: np.ndarray,
+        start: np.ndarray,
+        last: np.ndarray,
+        visible: np.ndarray | None = None,
+        turns: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Writes rows `[B, S, hidden]` at positions `start[b]`… and returns the logits `[B, vocabulary]` of row `last[b]`.
 
-        `visible`, bool `[B, S, cross_length]`, says what each row sees through cross-attention. Rows behind `last[b]` are
-        padding: they are overwritten before anything looks at them.
+        `visible`, bool `[B, S, cross_length]`, says what each row sees through cross-attention; `turns`, int64 `[3, B, S]`,
+        by what positions the rotary embedding turns it, for models where that is another number. Rows behind `last[b]` are padding:
+        they are overwritten before anything looks at them.
         """
         length = embeds.shape[1]
         self._reserve(int(start.max()) + length)
@@ -82,6 +90,8 @@ class Decoder:
             "position_ids": start[:, None] + np.arange(length)[None],
             "last_token_index": last,
         }
+        if turns is not None:
+            feeds["mrope_position_ids"] = turns
         if self._cross is not None and self._memory is not None:
             if not self._memory.length:  # an operator wants at least one row, if only to look away from it
                 shape = (self._batch, self._cross.heads, 1, self._cross.head_dim)
@@ -111,12 +121,17 @@ class PrefixCache:
         self.keys: list[Hashable] = []
 
     def prefill(
-        self, keys: Sequence[Hashable], embed: Callable[[int, int], np.ndarray], visible: np.ndarray | None = None
+        self,
+        keys: Sequence[Hashable],
+        embed: Callable[[int, int], np.ndarray],
+        visible: np.ndarray | None = None,
+        turns: np.ndarray | None = None,
     ) -> tuple[np.ndarray, int]:
         """Logits `[vocabulary]` behind the last key, and how many positions were reused.
 
         `embed(first, end)` gives the embeddings `[end - first, hidden]` of the prompt's rows, `visible`, bool
-        `[positions, cross_length]`, what each sees through cross-attention.
+        `[positions, cross_length]`, what each sees through cross-attention, `turns`, int64 `[3, positions]`, its rotary
+        positions.
         """
         reused = 0
         # The last row is always computed: its logits are what is asked for.
@@ -128,14 +143,19 @@ class PrefixCache:
             end = min(first + CHUNK, len(keys))
             rows = embed(first, end)[None]
             seen = None if visible is None else visible[None, first:end]
-            logits = self.decoder.forward(rows, np.array([first]), np.array([end - first - 1]), seen)[0]
+            turned = None if turns is None else turns[:, None, first:end]
+            logits = self.decoder.forward(rows, np.array([first]), np.array([end - first - 1]), seen, turned)[0]
             self.keys.extend(keys[first:end])
         return logits, reused
 
-    def extend(self, key: Hashable, row: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
-        """One more position, `[hidden]`, and the logits behind it; it sees `visible`, bool `[cross_length]`."""
+    def extend(
+        self, key: Hashable, row: np.ndarray, visible: np.ndarray | None = None, turn: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One more position, `[hidden]`, and the logits behind it; it sees `visible`, bool `[cross_length]`, and is turned by
+        `turn`, int64 `[3]`."""
         seen = None if visible is None else visible[None, None]
-        logits = self.decoder.forward(row[None, None], np.array([len(self.keys)]), np.array([0]), seen)[0]
+        turned = None if turn is None else turn[:, None, None]
+        logits = self.decoder.forward(row[None, None], np.array([len(self.keys)]), np.array([0]), seen, turned)[0]
         self.keys.append(key)
         return logits
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from edgevlm.errors import ImageError, UnsupportedModelError
+from edgevlm.errors import ImageError, InputError, UnsupportedModelError
 
 __all__ = [
     "MAX_ASPECT_RATIO",
@@ -30,6 +31,7 @@ __all__ = [
     "MIN_SIDE",
     "ImageInput",
     "ImageProcessor",
+    "PixelRange",
     "TargetSize",
     "image_digest",
     "load_image",
@@ -127,6 +129,38 @@ class TargetSize:
 
 
 @dataclass(frozen=True)
+class PixelRange:
+    """The `size` of a processor that takes any size: as many pixels as the picture has, within limits.
+
+    Sides become multiples of `factor` (one place of the prompt), the aspect ratio is kept as nearly as that allows.
+    """
+
+    fewest: int
+    most: int
+    factor: int
+    film: tuple[int, int] | None = None
+    """Pixels that all frames of a film may have together, and how many frames share their patches; None: no limit."""
+    limited: bool = False
+    """Whether `most` is a promise. It is not upstream: what is thinner than one place may have more."""
+
+    def resolve(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that a picture of `height` x `width` gets. Source: `smart_resize` in
+        qwen2_vl/image_processing_qwen2_vl.py of Transformers, with its rounding."""
+        unit = self.factor
+        new = round(height / unit) * unit, round(width / unit) * unit
+        if new[0] * new[1] > self.most:
+            shrink = math.sqrt((height * width) / self.most)
+            new = tuple(max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))  # type: ignore[assignment]
+        elif new[0] * new[1] < self.fewest:
+            grow = math.sqrt(self.fewest / (height * width))
+            new = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+        rows, columns = new[0] // unit, new[1] // unit
+        while self.limited and rows * columns * unit * unit > self.most:
+            rows, columns = (rows - 1, columns) if rows > columns else (rows, columns - 1)
+        return rows * unit, columns * unit
+
+
+@dataclass(frozen=True)
 class ImageProcessor:
     """From an RGB picture to `pixel_values`, in the order of the fields; a step whose field is None is left out.
 
@@ -137,7 +171,7 @@ class ImageProcessor:
     """Convert other modes to RGB; otherwise they are refused."""
     pad_colour: tuple[int, int, int] | None
     """Pad to a square with this RGB colour, 0 to 255, picture in the middle (LLaVA)."""
-    resize: TargetSize | None
+    resize: TargetSize | PixelRange | None
     resample: int | None
     """Pillow's number of the resampling filter, 0 to 5; None without `resize`."""
     crop: tuple[int, int] | None
@@ -177,9 +211,15 @@ class ImageProcessor:
                 raise UnsupportedModelError(f"{kind}: cannot pad with image_mean = {option['image_mean']!r}; needed: 0 to 1")
             pad_colour = int(red * 255), int(green * 255), int(blue * 255)
 
-        resize = resample = crop = mean = std = None
+        resize: TargetSize | PixelRange | None = None
+        resample = crop = mean = std = None
+        if kind.startswith("Qwen2VL") and not option["do_resize"]:
+            raise UnsupportedModelError(f"{kind}: do_resize = {option['do_resize']!r}; needed: true, for whole patches")
         if option["do_resize"]:
-            resize = _target_size(option, "size", square=bool(option["default_to_square"]))
+            if kind.startswith("Qwen2VL"):
+                resize = _pixel_range(kind, option)
+            else:
+                resize = _target_size(option, "size", square=bool(option["default_to_square"]))
             resample = option["resample"]
             if not isinstance(resample, int) or not 0 <= resample <= 5:
                 raise UnsupportedModelError(f"{kind}: resample = {resample!r}; needed: one of Pillow's filters, 0 to 5")
@@ -209,25 +249,61 @@ class ImageProcessor:
         """(height, width) of every result, or None when it depends on the picture."""
         if self.crop is not None:
             return self.crop
-        if self.resize is not None:
+        if isinstance(self.resize, TargetSize):
             if self.resize.height is not None and self.resize.width is not None:
                 return self.resize.height, self.resize.width
             if self.pad_colour is not None and self.resize.shortest_edge is not None and self.resize.longest_edge is None:
                 return self.resize.shortest_edge, self.resize.shortest_edge
         return None
 
-    def tile_grid(self, height: int, width: int, most: int | None = None) -> tuple[int, int]:
-        """(rows, columns) of the tiles of a picture of `height` x `width` pixels, of at most `most` tiles.
+    def for_frames(self, count: int) -> ImageProcessor:
+        """The same for the frames of a film of `count`, which may have less to share than each has alone."""
+        size = self.resize
+        if not isinstance(size, PixelRange) or size.film is None:
+            return self
+        pixels, shared = size.film
+        most = max(min(size.most, pixels * shared // count), int(size.fewest * 1.05))
+        return replace(self, resize=replace(size, most=most))
+
+    def limit(self, *, places: int, max_tiles: int | None = None, visual_tokens: int | None = None) -> ImageProcessor:
+        """The same for pictures that may cost no more than `visual_tokens` places in the prompt, or be cut into no more than
+        `max_tiles`. `places` is what one tile takes, or a picture where its size does not matter.
+
+        Raises `InputError` where that is less than the least that can be seen of a picture.
+        """
+        if max_tiles is not None and max_tiles < 1:
+            raise InputError(f"max_tiles is {max_tiles}; it is 1 or more.")
+        if isinstance(self.resize, PixelRange):
+            if visual_tokens is None:
+                return self
+            if visual_tokens < 1:
+                raise InputError(f"visual_tokens is {visual_tokens}; the least that this model can see of a picture takes 1.")
+            most = min(self.resize.most, visual_tokens * self.resize.factor**2)
+            return replace(self, resize=replace(self.resize, most=most, fewest=min(self.resize.fewest, most), limited=True))
+        if visual_tokens is not None:
+            tiles = visual_tokens // places
+            if tiles < 1:
+                raise InputError(
+                    f"visual_tokens is {visual_tokens}; the least that this model can see of a picture takes {places}."
+                )
+            tiles = tiles - 1 if tiles > 2 else 1  # the tile of the whole picture comes with two or more
+            max_tiles = tiles if max_tiles is None else min(tiles, max_tiles)
+        if max_tiles is None or self.tiles is None:
+            return self
+        return replace(self, tiles=(min(self.tiles[0], max_tiles), min(self.tiles[1], max_tiles)))
+
+    def tile_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the tiles of a picture of `height` x `width` pixels.
 
         Of all grids the one whose aspect ratio is nearest; of equally near ones the larger, as long as the picture has more
         than half of the grid's pixels. Source: got_ocr2/image_processing_got_ocr2.py of Transformers.
         """
         if self.tiles is None:
             return 1, 1
-        assert self.resize is not None
+        assert isinstance(self.resize, TargetSize)
         assert self.resize.height is not None
         assert self.resize.width is not None
-        fewest, limit = self.tiles[0], min(self.tiles[1], most or self.tiles[1])
+        fewest, limit = self.tiles
         best, nearest = (1, 1), float("inf")
         grids = [(r, c) for c in range(1, limit + 1) for r in range(1, limit + 1) if fewest <= r * c <= limit]
         for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
@@ -237,14 +313,14 @@ class ImageProcessor:
                 best, nearest = (rows, columns), min(distance, nearest)
         return best
 
-    def count_tiles(self, height: int, width: int, most: int | None = None) -> int:
+    def count_tiles(self, height: int, width: int) -> int:
         """How many tiles `cut` gives, the one of the whole picture included."""
-        rows, columns = self.tile_grid(height, width, most)
+        rows, columns = self.tile_grid(height, width)
         return rows * columns + (rows * columns > 1)
 
-    def cut(self, image: Image.Image, most: int | None = None) -> npt.NDArray[np.float32]:
+    def cut(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """`pixel_values` of all tiles of one picture, row by row, then of the whole: float32 [tiles, 3, height, width]."""
-        rows, columns = self.tile_grid(image.height, image.width, most)
+        rows, columns = self.tile_grid(image.height, image.width)
         if rows * columns == 1:
             return self(image)[None]
         assert self.resize is not None
@@ -432,6 +508,23 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "BlipImageProcessor": _BLIP,
     "CLIPImageProcessor": _CLIP,
     "GotOcr2ImageProcessor": {**_BLIP, "crop_to_patches": False, "min_patches": 1, "max_patches": 12},
+    "Qwen2VLImageProcessor": {
+        **_CLIP,
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        "do_center_crop": False,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+    "Qwen2VLVideoProcessor": {
+        **_CLIP,
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+        "do_center_crop": False,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "max_video_tokens": 128_000,
+    },
     "IdeficsImageProcessor": {**_BLIP, "size": {"height": 224, "width": 224}, "image_num_channels": 3},
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
@@ -467,11 +560,29 @@ def _target_size(option: Mapping[str, Any], key: str, *, square: bool) -> Target
     return TargetSize(**sizes)
 
 
-def _tiles(kind: str, option: Mapping[str, Any], size: TargetSize | None) -> tuple[int, int] | None:
+def _pixel_range(kind: str, option: Mapping[str, Any]) -> PixelRange:
+    """The limits are counts of pixels, though they are called edges; before that they were called what they are."""
+    size: Any = option.get("size") if isinstance(option.get("size"), Mapping) else {}
+    fewest: Any = option.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    most: Any = option.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    numbers = (fewest, most, option["patch_size"], option["merge_size"], option["temporal_patch_size"])
+    if not all(type(number) is int and number > 0 for number in numbers) or fewest > most:
+        raise UnsupportedModelError(
+            f"{kind}: size = {option.get('size')!r}, min_pixels = {option.get('min_pixels')!r}, max_pixels = "
+            f"{option.get('max_pixels')!r}, patch_size = {option['patch_size']!r}, merge_size = {option['merge_size']!r}, "
+            f"temporal_patch_size = {option['temporal_patch_size']!r}; needed: positive whole numbers, the fewest pixels first"
+        )
+    factor, film = option["patch_size"] * option["merge_size"], None
+    if option.get("cap_pixels_per_frame"):
+        film = int(option["max_video_tokens"] * factor * factor * 0.9), option["temporal_patch_size"]
+    return PixelRange(fewest, most, factor, film)
+
+
+def _tiles(kind: str, option: Mapping[str, Any], size: TargetSize | PixelRange | None) -> tuple[int, int] | None:
     fewest, most = option["min_patches"], option["max_patches"]
     if type(fewest) is not int or type(most) is not int or not 1 <= fewest <= most:
         raise UnsupportedModelError(f"{kind}: {fewest!r} to {most!r} tiles; needed: whole numbers from 1 on, fewest first")
-    if size is None or size.height is None or size.width is None:
+    if not isinstance(size, TargetSize) or size.height is None or size.width is None:
         raise UnsupportedModelError(f"{kind}: tiles need a size with height and width and do_resize")
     return (fewest, most) if most > 1 else None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
@@ -45,6 +47,7 @@ __all__ = [
     "TextPart",
     "TextStream",
     "Tokenizer",
+    "Video",
     "normalize_request",
 ]
 
@@ -62,8 +65,28 @@ class TextPart:
 
 
 @dataclass(frozen=True, eq=False)  # by identity: comparing arrays has no single answer
+class Video:
+    """A film as a list of frames, pictures of one size, `fps` of them a second. It stands wherever a picture may.
+
+    Raises `PromptError` where there is no frame, or no such speed.
+    """
+
+    frames: Sequence[object]
+    fps: float = 2.0
+    """As many as Qwen2-VL's own examples take."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.frames, (str, bytes, Mapping)) or not isinstance(self.frames, Sequence):
+            raise PromptError(f"the frames of a video are {_shown(self.frames)}; expected a list of pictures")
+        if not len(self.frames):
+            raise PromptError("the video has no frame; give one picture at least")
+        if isinstance(self.fps, bool) or not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
+            raise PromptError(f"the video's fps is {self.fps!r}; expected a number above 0, the frames a second")
+
+
+@dataclass(frozen=True, eq=False)
 class ImagePart:
-    """A picture, whatever object it is."""
+    """A picture or a `Video`, whatever object it is."""
 
     image: object
 
@@ -158,14 +181,22 @@ def _message(where: str, message: object) -> Message:
 
 def _part(where: str, part: object) -> TextPart | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or kind not in ("text", "image"):
+    if not isinstance(part, Mapping) or kind not in ("text", "image", "video"):
         found = f"of type {kind!r}" if isinstance(part, Mapping) else _shown(part)
         advice = ""
         if kind == "image_url":
             advice = '; nothing is downloaded here: open the picture and pass {"type": "image", "image": picture}'
-        raise PromptError(f"{where} is {found}; accepted types are text and image, as in {_MESSAGE_FORM}{advice}")
+        raise PromptError(f"{where} is {found}; accepted types are text, image and video, as in {_MESSAGE_FORM}{advice}")
     if kind == "image":
         return _picture(f'{where}["image"]', part.get("image"))
+    if kind == "video":
+        video = part.get("video")
+        if isinstance(video, Video):
+            return ImagePart(video)
+        try:
+            return ImagePart(Video(video, part.get("fps", 2.0)))  # type: ignore[arg-type]
+        except PromptError as exc:
+            raise PromptError(f"{where}: {exc}") from exc
     if not isinstance(part.get("text"), str):
         raise PromptError(f'{where} is of type text, its "text" is {_shown(part.get("text"))}; expected a string')
     return TextPart(part["text"])
@@ -177,6 +208,8 @@ def _picture(where: str, image: object) -> ImagePart:
     # Lists and mappings are mistakes (a chat given as prompt, a nested list), never pictures.
     if image is None or isinstance(image, (list, tuple, Mapping)):
         advice = "pass a chat as messages=" if isinstance(image, Mapping) else "pass the picture object itself"
+        if isinstance(image, (list, tuple)):
+            advice += ", frames of a film as edgevlm.Video(frames, fps)"
         raise PromptError(f"{where} is {_shown(image)}, not a picture; {advice}")
     return ImagePart(image)
 
@@ -259,12 +292,14 @@ class ChatTemplate:
             parts = [
                 {"type": "text", "text": part.text.translate(disguise or {})}
                 if isinstance(part, TextPart)
+                else {"type": "video", "video": "film"}
+                if isinstance(part.image, Video)
                 else {"type": "image", "image": "picture"}
                 for part in message.content
             ]
             content: str | list[dict[str, str]] = parts
             if accepts_string and (message.plain or not accepts_list):
-                pictures = sum(part["type"] == "image" for part in parts)
+                pictures = sum(part["type"] != "text" for part in parts)
                 content = f"{image_token}\n" * pictures + "".join(part.get("text", "") for part in parts)
             chat.append({"role": message.role, "content": content})
         return self._run(chat, add_generation_prompt)
@@ -394,7 +429,9 @@ class Prompt:
 
     `text` is the prompt as written, with one image token per picture. `sees` says for each token which picture it looks
     at through cross-attention, -1 for none; None where pictures enter as embeddings. `instruction` are the ids of
-    the instruction for models that look at a picture with it in mind.
+    the instruction for models that look at a picture with it in mind. `grids` says how the places of each picture lie
+    (layers or tiles, rows, columns), `rates` how many frames a second each film has, None for a picture. `positions`,
+    int64 `[3, S]`, are what a decoder with positions in three directions is told; None for others.
     """
 
     ids: list[int]
@@ -402,24 +439,29 @@ class Prompt:
     text: str
     sees: tuple[int, ...] | None = None
     instruction: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    rates: tuple[float | None, ...] = ()
+    positions: np.ndarray | None = None
 
 
 @dataclass
 class PromptBuilder:
     """Ties template, tokenizer and image token together.
 
-    `tokens_per_image` gives the number of places that a picture takes, `around` the ids before and behind them.
-    `instruction` is the tokenizer of the part that reads the instruction beside the picture, where there is one. Raises
-    `ManifestError` where the tokenizer has another id for `image_token`, or none; the id -1 says that there is none.
+    `grid` says how the places of a picture lie, and so how many it takes: (layers or tiles, rows, columns). `around` are the
+    ids before and behind them, `video` the token of films and its id. `instruction` is the tokenizer of the part that reads
+    the instruction beside the picture, where there is one. Raises `ManifestError` where the tokenizer has another id for
+    `image_token`, or none; the id -1 says that there is none.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     image_token: str
     image_token_id: int
-    tokens_per_image: Callable[[Any], int]
+    grid: Callable[[Any], tuple[int, int, int]]
     instruction: Tokenizer | None = None
     around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    video: tuple[str, int] | None = None
     _control: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -433,6 +475,8 @@ class PromptBuilder:
         self._control = self.tokenizer.control_tokens(source)
         if self.image_token_id >= 0:
             self._control[self.image_token] = self.image_token_id
+        if self.video:
+            self._control[self.video[0]] = self.video[1]
 
     def build(self, request: Request, *, raw: bool = False, add_generation_prompt: bool = True) -> Prompt:
         """Ids and places for `request`.
@@ -464,13 +508,16 @@ class PromptBuilder:
 
     def _raw_text(self, request: Request) -> str:
         if request.prompt is not None:
-            if self.image_token and self.image_token in request.prompt:
+            if any(token and token in request.prompt for token in (self.image_token, self.video[0] if self.video else "")):
                 return request.prompt
-            return f"{self.image_token}\n" * len(request.images) + request.prompt
+            return "".join(f"{self._token_of(image)}\n" for image in request.images) + request.prompt
         if len(request.messages) != 1 or request.messages[0].plain or request.messages[0].role != "user":
             reason = "raw was asked for" if self.template else "this checkpoint has no chat template"
             raise PromptError(f"{reason}, so a chat cannot be written down; give prompt= with the text as the model expects it")
-        return "".join(p.text if isinstance(p, TextPart) else self.image_token for p in request.messages[0].content)
+        return "".join(p.text if isinstance(p, TextPart) else self._token_of(p.image) for p in request.messages[0].content)
+
+    def _token_of(self, image: object) -> str:
+        return self.video[0] if self.video and isinstance(image, Video) else self.image_token
 
     def _chat(self, template: ChatTemplate, messages: Sequence[Message], generation: bool) -> tuple[str, list[int]]:
         """Render and encode, such that control tokens come from the template alone.
@@ -546,24 +593,32 @@ class PromptBuilder:
 
     def expand(self, text: str, ids: list[int], pictures: Sequence[object]) -> Prompt:
         """Every image token becomes the places of its picture. Raises `PromptError` where their numbers differ."""
-        count = ids.count(self.image_token_id)
-        if count != len(pictures):
+        wanted = {self.image_token_id: self.image_token} | ({self.video[1]: self.video[0]} if self.video else {})
+        found = [token for token in ids if token in wanted]
+        if len(found) != len(pictures):
             raise PromptError(
-                f"the prompt has {count} places for pictures ({self.image_token}), {len(pictures)} pictures were given; "
-                "give one picture per place, and check that the chat template writes a place for each"
+                f"the prompt has {len(found)} places for pictures ({', '.join(wanted.values())}), {len(pictures)} pictures "
+                "were given; give one picture per place, and check that the chat template writes a place for each"
             )
         out: list[int] = []
         places: list[tuple[int, int]] = []
+        grids: list[tuple[int, int, int]] = []
+        rates = tuple(picture.fps if isinstance(picture, Video) else None for picture in pictures)
         for token in ids:
-            if token != self.image_token_id:
+            if token not in wanted:
                 out.append(token)
                 continue
-            length = self.tokens_per_image(pictures[len(places)])
+            number = len(places)
+            if (rates[number] is None) != (token == self.image_token_id):
+                given = "picture" if rates[number] is None else "video"
+                raise PromptError(f"place {number + 1} of the prompt is {wanted[token]}; a {given} was given for it")
+            grids.append(self.grid(pictures[number]))
+            length = math.prod(grids[-1])
             out += self.around[0]
             places.append((len(out), length))
             out += [token] * length
             out += self.around[1]
-        return Prompt(out, tuple(places), text)
+        return Prompt(out, tuple(places), text, grids=tuple(grids), rates=rates)
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -7,9 +7,10 @@ transposed block by block on the way. It knows nothing of graphs, families or qu
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,40 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Where one tensor lies: file, byte offset, shape, and dtype as safetensors names it."""
+    """Where one tensor lies: file, byte offset, shape, and dtype as safetensors names it.
+
+    Rows of a larger tensor may lie in several runs of equal length, each `stride` rows behind the one before.
+    """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    runs: int = 1
+    stride: int = 0
 
     @property
     def readable(self) -> bool:
         """Whether it is floating point of a width that can be read here (not FP8, not packed integers)."""
         return self.dtype in _DTYPES
 
+    def rows(self, first: int, count: int, period: int) -> WeightEntry:
+        """The rows from `first` on, `count` of every `period`, as a tensor of its own. `period` divides the rows there are."""
+        runs, rest = self.shape[0] // period, self.shape[1:]
+        row = math.prod(rest) * (_DTYPES[self.dtype].itemsize if self.readable else 1)
+        return replace(self, offset=self.offset + first * row, shape=(runs * count, *rest), runs=runs, stride=period)
+
     def map(self) -> np.ndarray:
-        """The tensor, memory-mapped and read-only."""
+        """The tensor, memory-mapped and read-only; one in several runs is a copy."""
+        dtype = _DTYPES[self.dtype]
         if 0 in self.shape:
-            return np.zeros(self.shape, _DTYPES[self.dtype])
-        return np.memmap(self.path, _DTYPES[self.dtype], "r", self.offset, self.shape)
+            return np.zeros(self.shape, dtype)
+        if self.runs == 1:
+            return np.memmap(self.path, dtype, "r", self.offset, self.shape)
+        count, row = self.shape[0] // self.runs, math.prod(self.shape[1:])
+        whole = np.memmap(self.path, dtype, "r", self.offset, ((self.runs - 1) * self.stride * row + count * row,))
+        steps = (self.stride * row * dtype.itemsize, dtype.itemsize)
+        return np.lib.stride_tricks.as_strided(whole, (self.runs, count * row), steps, writeable=False).reshape(self.shape)
 
 
 def read_safetensors_index(path: Path) -> dict[str, WeightEntry]:

@@ -23,7 +23,7 @@ from .errors import CheckpointError, PromptError
 from .export.checkpoint import open_checkpoint
 from .generate import Decoder
 from .models import Family, family_for_config
-from .prompt import Prompt, normalize_request
+from .prompt import Prompt, Video, normalize_request
 from .scenes import render_scene, sample_scene
 from .vlm import VLM, Timings, View
 
@@ -110,19 +110,23 @@ class Report:
         return asdict(self) | {"passed": not self.failures, "failures": self.failures}
 
 
-def _cases(fewest: int, most: int | None) -> Iterator[tuple[str, list[Any]]]:
+def _cases(fewest: int, most: int | None, *, films: bool) -> Iterator[tuple[str, list[Any]]]:
     """Name, and pictures (odd sizes among them) and texts in their order, with as many pictures as the family takes."""
     pictures = [render_scene(sample_scene(20_000_000 + i), 160) for i in range(3)]
-    wide, tall = pictures[1].resize((211, 97)), pictures[2].resize((61, 130))
+    wide, tall, small = pictures[1].resize((211, 97)), pictures[2].resize((61, 130)), pictures[0].resize((9, 7))
     cases: list[tuple[str, list[Any]]] = [
         ("one picture", [pictures[0], "Describe the scene."]),
         ("wide picture", [wide, "How many objects are there?"]),
         ("two pictures", [pictures[0], tall, "What changed?"]),
         ("no picture", ["Is there a red cube?"]),
+        ("tiny picture", [small, "What colour is it?"]),
         ("interleaved", ["First a text.", pictures[1], "This is a scene.", tall, wide, "And these?"]),
         ("short prompt", [pictures[1], "What?"]),
         *((f"long prompt, {n} times", [pictures[2], "Where is the large green ball? " * n]) for n in (12, 6, 2)),
     ]
+    if films:
+        cases.insert(-4, ("video", [Video([p.resize((90, 70)) for p in (*pictures, wide, tall)], 3.0), "What happens?"]))
+        cases.insert(-4, ("video and picture", ["A film:", Video([tall, tall.rotate(180)], 1.0), "a picture:", wide, "Same?"]))
     for name, items in cases:
         if fewest <= sum(not isinstance(item, str) for item in items) <= (len(items) if most is None else most):
             yield name, items
@@ -147,7 +151,7 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     theirs, ours = family.describe(checkpoint.folder, reference.model.config, bundle.manifest.dtype), bundle.manifest
     if any(
         getattr(theirs, what) != getattr(ours, what)
-        for what in ("vocab_size", "hidden_size", "kv_cache", "cross_attention", "image")
+        for what in ("vocab_size", "hidden_size", "kv_cache", "cross_attention", "image", "video", "patches")
     ):
         raise CheckpointError(
             f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from."
@@ -160,7 +164,7 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     if reference.no_processor:
         report.notes.append(f"preprocessing was not compared, transformers cannot load the processor: {reference.no_processor}")
     prompts: list[_Prompt] = []
-    for case, items in _cases(*family.PICTURES):
+    for case, items in _cases(*family.PICTURES, films=bundle.manifest.video is not None):
         if prompts and "long" in case and "long" in prompts[-1].case:
             continue
         stage(f"preprocessing: {case}")
@@ -198,7 +202,7 @@ class _Prompt:
     case: str
     built: Prompt
     views: list[View]  # with the bundle's own pixel values
-    pixel_values: np.ndarray  # [tiles of all pictures, 3, H, W], of the reference's processor where there is one
+    pixel_values: np.ndarray  # of all pictures, as the model takes them; the reference's processor's where there is one
     answer: list[int] = field(default_factory=list)  # PyTorch's greedy tokens
     logits: np.ndarray = field(default_factory=lambda: np.empty(0))  # [tokens, vocabulary], before each of them
 
@@ -211,19 +215,36 @@ def _prepare(vlm: VLM, reference: Reference, case: str, items: list[Any], report
     built = vlm._family.build_prompt(vlm._builder, vlm.bundle.manifest, request)
     ours = [vlm._pixels(picture) for picture in pictures]
     views = [View(f"{case} {i}", built.instruction, pixel_values=pixels) for i, pixels in enumerate(ours)]
-    made = _Prompt(case, built, views, np.concatenate(ours) if ours else np.empty((0, 3, 1, 1), np.float32))
+    made = _Prompt(case, built, views, _as_taken([_vision_inputs(vlm, view)["pixel_values"] for view in views]))
     if reference.no_processor:
         return made
     theirs = reference.process(request, built.text)
     for name, mine in (("input_ids", built.ids), ("sees", built.sees), ("instruction_ids", built.instruction)):
         if name in theirs and theirs[name].tolist() != list(mine or ()):
             report.preprocessing.append(f"{name} of {case!r}")
-    if pictures:
+    if "pixel_values" in theirs:
         pixels = theirs["pixel_values"]
         if pixels.shape != made.pixel_values.shape or np.abs(pixels - made.pixel_values).max() > reference.pixel_tolerance:
             report.preprocessing.append(f"pixel values of {case!r}")
         made.pixel_values = pixels
     return made
+
+
+def _vision_inputs(vlm: VLM, view: View) -> dict[str, np.ndarray]:
+    """What the vision encoder takes of one picture: its pixel values, and with some families more."""
+    assert view.pixel_values is not None
+    make = getattr(vlm._family, "vision_inputs", lambda _, pixel_values: {"pixel_values": pixel_values})
+    return make(vlm.bundle.manifest, view.pixel_values)
+
+
+def _as_taken(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pixel values of several pictures as one array: tiles `[tiles, 3, H, W]`, or patches `[patches, numbers of a patch]` where
+    pictures differ in size."""
+    if not pictures:
+        return np.empty((0, 3, 1, 1), np.float32)
+    shapes = {picture.shape[1:] for picture in pictures}
+    alike = len(shapes) == 1 and pictures[0].shape[1] == 3
+    return np.concatenate(pictures if alike else [picture.reshape(-1, picture.shape[-1]) for picture in pictures])
 
 
 def _compare(part: str, kind: str, ours: np.ndarray, theirs: np.ndarray, *, logits: bool = False) -> PartCheck:
@@ -246,51 +267,58 @@ def _check_parts(
 ) -> None:
     """Each part gets what the reference's parts before it gave, so that a difference is the part's own."""
     prompt = prompts[-1]
-    manifest, built = vlm.bundle.manifest, prompt.built
-    pixels = np.concatenate([p.pixel_values for p in prompts if len(p.pixel_values)])
-    last = slice(len(pixels) - len(prompt.pixel_values), None)  # this prompt's pictures among all
-    cross = manifest.cross_attention
+    manifest, built, cross = vlm.bundle.manifest, prompt.built, vlm.bundle.manifest.cross_attention
+    specs = {spec.name: spec for spec in family.part_specs(reference.model, "float32")}
+    worst: dict[str, PartCheck] = {}
+
+    def check(name: str, known: dict[str, np.ndarray]) -> None:
+        feeds = {entry: known[entry] for entry in specs[name].inputs}
+        theirs, ours = reference.run_part(specs[name], feeds), vlm._run(name, feeds)
+        known |= theirs
+        checks = [_compare(name, kinds[name], ours[output], array) for output, array in theirs.items()]
+        worst[name] = max([*checks, *filter(None, [worst.get(name)])], key=lambda check: (not check.passed, check.max_abs))
+
+    seen = [_vision_inputs(vlm, view) for each in prompts for view in each.views]
+    if manifest.patches is None:  # all of one size: a batch
+        seen = [{"pixel_values": np.concatenate([known["pixel_values"] for known in seen])}]
+    for known in seen:
+        known["instruction_ids"] = np.array([built.instruction] * len(known["pixel_values"]), np.int64)
+        for name, spec in specs.items():
+            if set(spec.inputs) <= set(known):
+                check(name, known)
+
     ids = np.array([built.ids])
     within = not (cross and cross.source == "images")  # whether pictures take places in the prompt
     for start, length in built.places if within else ():
         ids[:, start : start + length] = 0  # the image token may lie outside of the table
-    known = {
-        "pixel_values": pixels, "input_ids": ids, "attention_mask": np.ones(ids.shape, bool),
-        "instruction_ids": np.array([built.instruction] * len(pixels), np.int64),
-    }  # fmt: skip
-    specs = {spec.name: spec for spec in family.part_specs(reference.model, "float32")}
-    for name, spec in specs.items():
-        if name == "decoder":
-            continue
-        feeds = {entry: known[entry] for entry in spec.inputs}
-        theirs, ours = reference.run_part(spec, feeds), vlm._run(name, feeds)
-        known |= theirs
-        checks = [_compare(name, kinds[name], ours[output], array) for output, array in theirs.items()]
-        report.parts.append(max(checks, key=lambda check: (not check.passed, check.max_abs)))
+    known = {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool)}
+    for name in [name for name in specs if name not in worst and name != "decoder"]:
+        check(name, known)
         if name == "embed_tokens" and within:
             rows = known["inputs_embeds"] = known["inputs_embeds"].copy()
-            features = known["image_features"][last].reshape(-1, rows.shape[-1])
+            features = np.concatenate([each["image_features"].reshape(-1, rows.shape[-1]) for each in seen])
+            features = features[len(features) - sum(length for _, length in built.places) :]
             for start, length in built.places:
                 rows[0, start : start + length], features = features[:length], features[length:]
     rows, visible, blocks = known["inputs_embeds"], None, []
-    if cross:
+    if cross and cross.source == "images":
+        last = len(seen[0]["pixel_values"]) - len(prompt.views)  # this prompt's pictures among all
+        tensors = {name: array[last:] for name, array in seen[0].items() if name.startswith("cross_key_values")}
+        visible = np.array(built.sees)[:, None] == np.repeat(np.arange(len(prompt.views)), cross.places)
+    elif cross:
         tensors = {name: array for name, array in known.items() if name.startswith("cross_key_values")}
-        if cross.source == "images":
-            tensors = {name: array[last] for name, array in tensors.items()}
-            visible = np.array(built.sees)[:, None] == np.repeat(np.arange(len(prompt.views)), cross.places)
-        else:
-            start_id = {"input_ids": np.array([[manifest.decoder_start_id]])}
-            rows, visible = (
-                reference.run_part(specs["embed_tokens"], start_id)["inputs_embeds"],
-                np.ones((1, ids.shape[1]), bool),
-            )
+        start_id = {"input_ids": np.array([[manifest.decoder_start_id]])}
+        rows, visible = reference.run_part(specs["embed_tokens"], start_id)["inputs_embeds"], np.ones((1, ids.shape[1]), bool)
+    if cross:
         count = len(next(iter(tensors.values())))
         blocks = [(n, lambda n=n: {name: array[n : n + 1] for name, array in tensors.items()}) for n in range(count)]
     decoder = _decoder(vlm, rows.shape[1])
     decoder.remember(blocks)
-    seen = None if visible is None else visible[None]
-    ours = decoder.forward(rows, np.array([0]), np.array([rows.shape[1] - 1]), seen)[0]
-    report.parts.append(_compare("decoder", kinds["decoder"], ours, prompt.logits[0], logits=True))
+    sight = None if visible is None else visible[None]
+    turns = None if built.positions is None else built.positions[:, None]
+    ours = decoder.forward(rows, np.array([0]), np.array([rows.shape[1] - 1]), sight, turns)[0]
+    worst["decoder"] = _compare("decoder", kinds["decoder"], ours, prompt.logits[0], logits=True)
+    report.parts.extend(worst[name] for name in specs)
 
 
 def _decoder(vlm: VLM, capacity: int, batch: int = 1) -> Decoder:
@@ -323,12 +351,15 @@ def _answer(vlm: VLM, prompt: _Prompt, forced: list[int] | None) -> np.ndarray:
     decoder = _decoder(vlm, length + TOKENS)
     decoder.remember(feed.blocks)
     seen = None if feed.visible is None else feed.visible[None]
-    logits = [decoder.forward(feed.rows(0, length)[None], np.array([0]), np.array([length - 1]), seen)[0]]
+    turns = None if feed.turns is None else feed.turns[:, None]
+    logits = [decoder.forward(feed.rows(0, length)[None], np.array([0]), np.array([length - 1]), seen, turns)[0]]
     seen = None if seen is None else seen[:, -1:]
     while len(logits) < TOKENS:
-        token = int(logits[-1].argmax()) if forced is None else forced[len(logits) - 1]
-        row = vlm._embed([token])[None]
-        logits.append(decoder.forward(row, np.array([length + len(logits) - 1]), np.array([0]), seen)[0])
+        number = len(logits) - 1
+        token = int(logits[-1].argmax()) if forced is None else forced[number]
+        turn = feed.turn(number)
+        turns = None if turn is None else turn[:, None, None]
+        logits.append(decoder.forward(vlm._embed([token])[None], np.array([length + number]), np.array([0]), seen, turns)[0])
     return np.stack(logits)
 
 
@@ -353,12 +384,15 @@ def _check_batch(vlm: VLM, first: _Prompt, second: _Prompt, limit: Limit, report
     seen = _padded([v for v in visible if v is not None]) if cross else None
     if seen is not None:
         seen = np.pad(seen, ((0, 0), (0, int(lengths.max()) - seen.shape[1]), (0, 0)))
-    forced = [decoder.forward(_padded(rows), np.array([0, 0]), lengths - 1, seen)]
+    turns = [feed.turns.T for feed in feeds if feed.turns is not None]
+    turned = _padded(turns).transpose(2, 0, 1) if turns else None
+    forced = [decoder.forward(_padded(rows), np.array([0, 0]), lengths - 1, seen, turned)]
     seen = None if seen is None else np.stack([seen[n, length - 1 : length] for n, length in enumerate(lengths)])
     for i in range(TOKENS - 1):
         tokens = np.array([[p.answer[i]] for p in pair])
         step = vlm._run("embed_tokens", {"input_ids": tokens})["inputs_embeds"]
-        forced.append(decoder.forward(step, lengths + i, np.array([0, 0]), seen))
+        turned = np.stack([turn for feed in feeds if (turn := feed.turn(i)) is not None], 1)[..., None] if turns else None
+        forced.append(decoder.forward(step, lengths + i, np.array([0, 0]), seen, turned))
     for number, prompt in enumerate(pair):
         logits = np.stack([step[number] for step in forced])
         # Teacher-forced: while every choice agrees, it is the greedy answer.

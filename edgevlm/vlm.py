@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -23,15 +25,16 @@ from typing import Any
 
 import numpy as np
 
+from .boxes import Box, read_boxes
 from .bundle import Bundle
-from .errors import CapacityError, InputError, ManifestError
+from .errors import CapacityError, ImageError, InputError, ManifestError, PromptError
 from .generate import Decoder, PrefixCache, Sampling, choose_token
-from .images import ImageProcessor, image_digest, load_image
+from .images import ImageProcessor, PixelRange, image_digest, load_image
 from .models import Embedded, family_by_name, parts_needed
-from .prompt import ChatTemplate, Prompt, PromptBuilder, TextStream, Tokenizer, normalize_request
+from .prompt import ChatTemplate, Prompt, PromptBuilder, TextStream, Tokenizer, Video, normalize_request
 from .runtimes import Choice, PartSession, open_part
 
-__all__ = ["VLM", "Piece", "Reply", "Stream", "Timings"]
+__all__ = ["VLM", "Piece", "Reply", "Seen", "Stream", "Timings"]
 
 #: Pictures whose features are kept, newest first. One of LLaVA-1.5-7B takes 9 MB.
 _KEPT_PICTURES = 8
@@ -69,8 +72,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What became of a picture, or of each frame of a film: its size in pixels, the size that the model was shown, and the
+    places that it took in the prompt, all frames together. `limited`: it had more pixels than the model, or the budget of
+    visual tokens, allows."""
+
+    width: int
+    height: int
+    shown_width: int
+    shown_height: int
+    tokens: int
+    frames: int = 1
+    limited: bool = False
+
+
+@dataclass(frozen=True)
 class Reply:
-    """An answer. `tokens` are the generated ids without the stop token.
+    """An answer. `tokens` are the generated ids without the stop token, `pictures` what was seen of each picture.
 
     `finish_reason`: `stop` (the model ended it), `length` (`max_new_tokens`), `capacity` (the KV cache is full), `closed`
     (the stream was closed before its end), `error` (it raised one).
@@ -80,6 +98,13 @@ class Reply:
     tokens: list[int]
     finish_reason: str
     timings: Timings
+    pictures: tuple[Seen, ...] = ()
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """What the answer points at, in pixels of the pictures as they were given (Qwen-VL's `<box>` and `<quad>`). `text` keeps
+        their marks: a later turn of the chat needs them."""
+        return read_boxes(self.text, [(picture.width, picture.height) for picture in self.pictures])
 
 
 class Stream(Iterator[Piece]):
@@ -140,16 +165,23 @@ class View:
 
 @dataclass(frozen=True)
 class _Feed:
-    """A prompt as the decoder takes it. See `PrefixCache` for keys; `key` gives that of a token of the answer.
+    """A prompt as the decoder takes it. See `PrefixCache` for keys; `key` gives that of a token of the answer, by the token
+    and its number.
 
-    `blocks` and `visible` (bool `[positions, cross_length]`) are for cross-attention.
+    `blocks` and `visible` (bool `[positions, cross_length]`) are for cross-attention, `turns`, int64 `[3, positions]`, for
+    rotary positions in three directions.
     """
 
     keys: Sequence[Hashable]
     rows: Callable[[int, int], np.ndarray]
-    key: Callable[[int], Hashable]
+    key: Callable[[int, int], Hashable]
     blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]] = ()
     visible: np.ndarray | None = None
+    turns: np.ndarray | None = None
+
+    def turn(self, number: int) -> np.ndarray | None:
+        """The rotary position `[3]` of token `number` of the answer: all three go on behind the largest there was."""
+        return None if self.turns is None else np.repeat(self.turns.max() + 1 + number, 3)
 
 
 class VLM:
@@ -161,22 +193,23 @@ class VLM:
         sessions: Mapping[str, PartSession],
         backends: Mapping[str, Choice],
         capacity: int,
-        max_tiles: int | None = None,
+        processors: tuple[ImageProcessor, ImageProcessor | None],
+        visual_tokens: int | None = None,
     ) -> None:
         """Use `VLM.load`."""
-        self.bundle, self.backends, self.capacity, self.max_tiles = bundle, dict(backends), capacity, max_tiles
+        self.bundle, self.backends, self.capacity, self.visual_tokens = bundle, dict(backends), capacity, visual_tokens
         manifest = bundle.manifest
         self._sessions = sessions
         self._family = family_by_name(manifest.family)
-        config = _preprocessor_config(bundle.folder)
-        self._processor = ImageProcessor.from_config({**config, **manifest.image_options})
+        self._processor, self._film_processor = processors
         tokenizer = Tokenizer.from_folder(bundle.folder)
         template = ChatTemplate.from_folder(bundle.folder, tokenizer.names)
         image = manifest.image
         instruction = Tokenizer.from_folder(bundle.folder / "qformer_tokenizer") if manifest.instruction_length else None
         self._builder = PromptBuilder(
-            tokenizer, template, image.token, image.token_id, self._count_places, instruction, (image.before, image.after)
-        )
+            tokenizer, template, image.token, image.token_id, self._grid, instruction, (image.before, image.after),
+            (manifest.video.token, manifest.video.token_id) if manifest.video else None,
+        )  # fmt: skip
         self._stop = _stop_ids(bundle.folder, tokenizer)
         self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
         self._reads_prompt = manifest.decoder_start_id is not None  # in an encoder, and the decoder has the answer alone
@@ -201,9 +234,9 @@ class VLM:
         `capacity` is the longest sequence in tokens, prompt and answer together; as a default the model's context
         length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `cpu` or `cuda` for every
         part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
-        limits the cores of each part. `max_tiles` or `visual_tokens` limit what a picture costs, for models that cut it into
-        tiles: fewer of them see less detail, sooner. `check_files` compares every file with its hash (about a second a
-        gigabyte).
+        limits the cores of each part. `visual_tokens` is the most places that a picture (or a film) may take in the prompt,
+        `max_tiles` the most tiles that it is cut into: fewer see less detail, sooner. `check_files` compares every file
+        with its hash (about a second a gigabyte).
 
         Raises BundleError and its kinds, InputError, MissingDependencyError.
         """
@@ -215,11 +248,6 @@ class VLM:
             raise InputError(
                 f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
             )
-        if max_tiles is not None and max_tiles < 1:
-            raise InputError(f"max_tiles is {max_tiles}; it is 1 or more.")
-        if visual_tokens is not None:
-            tiles = _tiles_within(visual_tokens, manifest.image.places)
-            max_tiles = tiles if max_tiles is None else min(tiles, max_tiles)
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
         missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
@@ -228,11 +256,14 @@ class VLM:
                 f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
                 "Export the checkpoint again."
             )
+        processor = ImageProcessor.from_config({**_preprocessor_config(opened.folder), **manifest.image_options})
+        processor = processor.limit(places=manifest.image.places, max_tiles=max_tiles, visual_tokens=visual_tokens)
+        film = ImageProcessor.from_config(_film_config(opened.folder)) if manifest.video else None
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
         for name, part in manifest.parts.items():
             sessions[name], backends[name] = open_part(opened.part_path(name), name, part, backend=backend, threads=threads)
-        return cls(opened, sessions, backends, capacity, max_tiles)
+        return cls(opened, sessions, backends, capacity, (processor, film), visual_tokens)
 
     def generate(
         self,
@@ -249,8 +280,8 @@ class VLM:
         """Answers.
 
         A string `prompt` with `images`, a list of pictures and strings in their order, or chat `messages`. A picture is
-        a PIL image, a uint8 array `[H, W, 3]`, a `pathlib.Path` (in `images` a string, too) or the bytes of a file.
-        Greedy unless `temperature` is above 0.
+        a PIL image, a uint8 array `[H, W, 3]`, a `pathlib.Path` (in `images` a string, too) or the bytes of a file; for models
+        that take films, a `Video` stands wherever a picture may. Greedy unless `temperature` is above 0.
 
         Raises ImageError, PromptError, CapacityError or InputError before any work is done.
         """
@@ -275,7 +306,7 @@ class VLM:
         called = time.perf_counter()
         sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
         request = normalize_request(prompt, images, messages)
-        pictures = [load_image(source) for source in request.images]  # type: ignore[arg-type]
+        pictures = [self._load(source) for source in request.images]
         built = self._family.build_prompt(self._builder, self.bundle.manifest, request.with_images(pictures))
         if len(built.ids) + 1 > self.capacity:
             raise CapacityError(
@@ -284,10 +315,11 @@ class VLM:
                 f"(this model: up to {self.bundle.manifest.context_length})."
             )
         timings = Timings(prompt_tokens=len(built.ids))
-        result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed"}
+        seen = tuple(self._seen(picture) for picture in pictures)
+        result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed", "pictures": seen}
         views = []
         for picture in pictures:
-            view = View(image_digest(picture), built.instruction)
+            view = View(_digest(picture), built.instruction)
             # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
             view.known = {key: kept for key in (view.digest, view.key) if (kept := self._features.kept.get(key)) is not None}
             view.pixel_values = None if view.known else self._pixels(picture)
@@ -307,12 +339,67 @@ class VLM:
 
     # ------------------------------------------------------------------------------------------- inside
 
-    def _count_places(self, picture: Any) -> int:
-        return self.bundle.manifest.image.places * self._processor.count_tiles(picture.height, picture.width, self.max_tiles)
+    def _load(self, source: Any) -> Any:
+        """A PIL picture, or a `Video` of PIL pictures."""
+        if not isinstance(source, Video):
+            return load_image(source)
+        if self._film_processor is None:
+            raise PromptError(
+                f"a video was given, but a {self.bundle.manifest.family} model takes pictures only; give some of its frames "
+                "as pictures"
+            )
+        frames = [load_image(frame) for frame in source.frames]  # type: ignore[arg-type]
+        sizes = list(dict.fromkeys(frame.size for frame in frames))
+        if len(sizes) > 1:
+            shown = ", ".join(f"{w} x {h}" for w, h in sizes[:4])
+            raise ImageError(f"the frames of the video have different sizes (width x height): {shown}; bring them to one size")
+        return Video(frames, source.fps)
+
+    def _processor_for(self, picture: Any) -> tuple[ImageProcessor, Any, int]:
+        """What preprocesses a picture, a picture (or frame) of its size, and how many layers of patches there are."""
+        if not isinstance(picture, Video):
+            return self._processor, picture, 1
+        patches, count = self.bundle.manifest.patches, len(picture.frames)
+        assert patches is not None
+        assert self._film_processor is not None
+        layers = -(-count // patches.temporal)
+        processor = self._film_processor.for_frames(count)
+        if self.visual_tokens is not None:
+            if self.visual_tokens < layers:
+                raise InputError(
+                    f"visual_tokens is {self.visual_tokens}; the least that this model can see of {count} frames takes "
+                    f"{layers}. Give fewer frames, or more tokens."
+                )
+            processor = processor.limit(places=0, visual_tokens=self.visual_tokens // layers)
+        return processor, picture.frames[0], layers
+
+    def _grid(self, picture: Any) -> tuple[int, int, int]:
+        """Layers or tiles, rows and columns of the places that a picture takes."""
+        image, patches = self.bundle.manifest.image, self.bundle.manifest.patches
+        processor, frame, layers = self._processor_for(picture)
+        if patches is None:
+            return processor.count_tiles(frame.height, frame.width), 1, image.places
+        height, width = processor.output_size(frame.height, frame.width)
+        side = patches.size * patches.merge
+        return layers, height // side, width // side
 
     def _pixels(self, picture: Any) -> np.ndarray:
-        """float `[tiles, 3, H, W]`."""
-        return self._processor.cut(picture, self.max_tiles)
+        """float `[tiles or frames, 3, H, W]`."""
+        processor, _, _ = self._processor_for(picture)
+        if isinstance(picture, Video):
+            return np.stack([processor(frame) for frame in picture.frames])  # type: ignore[arg-type]
+        return processor.cut(picture)
+
+    def _seen(self, picture: Any) -> Seen:
+        processor, frame, _ = self._processor_for(picture)
+        height, width = processor.output_size(frame.height, frame.width)
+        rows, columns = processor.tile_grid(frame.height, frame.width)
+        limit = processor.resize.most if isinstance(processor.resize, PixelRange) else None
+        return Seen(
+            frame.width, frame.height, width * columns, height * rows, math.prod(self._grid(picture)),
+            len(picture.frames) if isinstance(picture, Video) else 1,
+            limit is not None and frame.width * frame.height > limit,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -394,7 +481,7 @@ class VLM:
             return _Feed(
                 list(zip(prompt.ids, seen, strict=True)),
                 lambda first, end: self._embed(prompt.ids[first:end]),
-                lambda token: (token, seen[-1]),
+                lambda token, _: (token, seen[-1]),
                 [(view.key, functools.partial(self._see, view, timings)) for view in views],  # type: ignore[misc]
                 np.array(prompt.sees)[:, None] == column,
             )
@@ -406,14 +493,19 @@ class VLM:
         def rows(first: int, end: int) -> np.ndarray:
             return self._rows(prompt, features, first, end)  # type: ignore[arg-type]
 
+        if prompt.positions is not None:
+            # Equal tokens behind equal ones may still be turned differently: an answer counts on, a prompt counts anew.
+            keys = list(zip(keys, *prompt.positions.tolist(), strict=True))
+            last = int(prompt.positions.max()) + 1
+            return _Feed(keys, rows, lambda token, n: (token, last + n, last + n, last + n), turns=prompt.positions)
         if not cross:
-            return _Feed(keys, rows, lambda token: token)
+            return _Feed(keys, rows, lambda token, _: token)
         start_id = self.bundle.manifest.decoder_start_id
         assert start_id is not None
         whole = tuple(keys)
         read = (whole, lambda: self._read(rows(0, len(keys))))
         return _Feed(
-            [(whole, start_id)], lambda *_: self._embed([start_id]), lambda token: (whole, token), [read],
+            [(whole, start_id)], lambda *_: self._embed([start_id]), lambda token, _: (whole, token), [read],
             np.ones((1, len(keys)), bool),
         )  # fmt: skip
 
@@ -425,7 +517,7 @@ class VLM:
         read = self._cache.decoder.remember(feed.blocks)
         if feed.visible is not None and not self._reads_prompt:
             timings.reused_images += len(feed.blocks) - read  # whose keys and values were still there
-        logits, timings.reused_tokens = self._cache.prefill(feed.keys, feed.rows, feed.visible)
+        logits, timings.reused_tokens = self._cache.prefill(feed.keys, feed.rows, feed.visible, feed.turns)
         if self._reads_prompt:
             timings.reused_tokens = 0 if read else len(prompt.ids)
         visible = None if feed.visible is None else feed.visible[-1]
@@ -450,7 +542,8 @@ class VLM:
                 result["finish_reason"] = "capacity"
                 break
             step = time.perf_counter()
-            logits = self._cache.extend(feed.key(token), self._embed([token])[0], visible)
+            number = len(tokens) - 1
+            logits = self._cache.extend(feed.key(token, number), self._embed([token])[0], visible, feed.turn(number))
             token = choose_token(logits, sampling, rng)
             timings.decode += 1e3 * (time.perf_counter() - step)
             timings.decoded_tokens += 1
@@ -460,12 +553,14 @@ class VLM:
             yield Piece(rest, None)
 
 
-def _tiles_within(visual_tokens: int, places: int) -> int:
-    """The most tiles that cost no more, the one of the whole picture, which comes with two or more, included."""
-    tiles = visual_tokens // places
-    if tiles < 1:
-        raise InputError(f"visual_tokens is {visual_tokens}; the least that this model can see of a picture takes {places}.")
-    return tiles - 1 if tiles > 2 else 1
+def _digest(picture: Any) -> str:
+    """Stands for the pixels of a picture, or of all frames of a film."""
+    if not isinstance(picture, Video):
+        return image_digest(picture)
+    return (
+        "video "
+        + hashlib.blake2b("".join(map(_digest, picture.frames)).encode(), digest_size=32).hexdigest()
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -483,6 +578,15 @@ def _preprocessor_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "preprocessor_config.json") or _read_json(folder / "processor_config.json").get(
         "image_processor", {}
     )
+
+
+def _film_config(folder: Path) -> dict[str, Any]:
+    """That of the video processor, or, in checkpoints without one, the image processor's with its defaults."""
+    found = _read_json(folder / "video_preprocessor_config.json") or _read_json(folder / "processor_config.json").get(
+        "video_processor", {}
+    )
+    found = found or {k: v for k, v in _preprocessor_config(folder).items() if k != "image_processor_type"}
+    return {**found, "image_processor_type": found.get("video_processor_type", "Qwen2VLVideoProcessor")}
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -123,5 +123,5 @@ def prompts_of(checkpoint: Path, template: str | None = None) -> Callable[..., P
     tokenizer, image = Tokenizer.from_folder(checkpoint), manifest.image
     chat = ChatTemplate(template, tokenizer.names) if template else ChatTemplate.from_folder(checkpoint, tokenizer.names)
     reader = Tokenizer.from_folder(checkpoint / "qformer_tokenizer") if manifest.instruction_length else None
-    builder = PromptBuilder(tokenizer, chat, image.token, image.token_id, lambda _: image.places, reader)
+    builder = PromptBuilder(tokenizer, chat, image.token, image.token_id, lambda _: (1, 1, image.places), reader)
     return lambda *asked, **more: family.build_prompt(builder, manifest, normalize_request(*asked, **more))

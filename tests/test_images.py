@@ -270,7 +270,7 @@ def test_other_names_of_a_type(key: str, ending: str, kind: str) -> None:
     assert ImageProcessor.from_config({key: name, "size": 72}) == processor(kind, {"size": 72})
 
 
-@pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "LlavaNextImageProcessor", "Siglip2ImageProcessorFast", None])
+@pytest.mark.parametrize("name", ["MllamaImageProcessor", "LlavaNextImageProcessor", "Siglip2ImageProcessorFast", None])
 def test_unknown_type_is_refused(name: str | None) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{name or 'without image_processor_type'}.*CLIPImageProcessor, .*Llava"):
         ImageProcessor.from_config({"image_processor_type": name})

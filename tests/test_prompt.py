@@ -140,7 +140,7 @@ def _builder(folder: Path, template: str | None) -> PromptBuilder:
     image = tokenizer.backend.token_to_id("<image>")
     assert image is not None
     chat = None if template is None else ChatTemplate(template, tokenizer.names)
-    return PromptBuilder(tokenizer, chat, "<image>", image, lambda _: PLACES)
+    return PromptBuilder(tokenizer, chat, "<image>", image, lambda _: (1, 1, PLACES))
 
 
 PICTURE = Image.new("RGB", (28, 28), "red")
@@ -205,7 +205,7 @@ def test_prompt_and_list(folder: Path) -> None:
 
 def test_places_vary_by_picture(folder: Path) -> None:
     builder = _builder(folder, LLAVA)
-    builder.tokens_per_image = len
+    builder.grid = lambda picture: (1, 1, len(picture))
     builder.around = ((7, 8), (9,))
     prompt = builder.build(normalize_request([np.zeros((3, 2, 3)), np.zeros((4, 2, 3)), "What?"]))
     for start, length in prompt.places:
@@ -382,7 +382,7 @@ def test_failing_templates_name_the_reason(folder: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\].content\[0\].*None"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": [PICTURE]}]}]}, "picture object"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a string"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": 1}]}]}, "'video'.*text and image"),
+        ({"messages": [{"role": "user", "content": [{"type": "movie", "movie": 1}]}]}, "'movie'.*text, image and video"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, r"content\[0\] is a str"),
         (
             {"messages": [SYSTEM, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
@@ -462,7 +462,7 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"tokenizer_config\.json"):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(ManifestError, match="99"):
-        PromptBuilder(Tokenizer(_bytelevel()), None, "<image>", 99, lambda _: 1)
+        PromptBuilder(Tokenizer(_bytelevel()), None, "<image>", 99, lambda _: (1, 1, 1))
 
 
 @pytest.mark.parametrize(

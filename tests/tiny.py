@@ -228,6 +228,20 @@ def tiny_tokenizer(image: bool = True) -> Any:
     )  # fmt: skip
 
 
+def tiny_bytes_tokenizer(special: Sequence[str], **names: Any) -> Any:
+    """Byte-level BPE as Qwen has it, a few hundred tokens, the special ones behind them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    learner.decoder = decoders.ByteLevel()
+    learner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=learner, clean_up_tokenization_spaces=False, **names)
+
+
 def opt_tokenizer() -> Any:
     """Byte-level BPE as OPT has it: `</s>` begins a text and ends an answer."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -409,7 +423,7 @@ def make_blip2(folder: Path, tiny: TinyBlip2, seed: int = 0) -> Path:
         head = model.language_model.lm_head
         head.weight = torch.nn.Parameter(torch.randn_like(head.weight) / 8)
         model.all_tied_weights_keys.pop("language_model.lm_head.weight")
-    _disturb(model)
+    disturb(model)
     with torch.no_grad():
         model.query_tokens.copy_(torch.randn_like(model.query_tokens))
     _save(model, folder, tiny.dtype, tiny.max_shard)
@@ -452,7 +466,7 @@ def make_flamingo(folder: Path, tiny: TinyFlamingo, seed: int = 0) -> Path:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = IdeficsForVisionText2Text(config).eval()
-    _disturb(model)
+    disturb(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "alpha_" in name:  # closed when new
@@ -464,7 +478,7 @@ def make_flamingo(folder: Path, tiny: TinyFlamingo, seed: int = 0) -> Path:
     return folder
 
 
-def _disturb(model: Any) -> None:
+def disturb(model: Any) -> None:
     """Biases and norms are constants when they are new, and the weights are too small for the picture to matter."""
     import torch
 
@@ -554,30 +568,21 @@ INTERNVL_TEMPLATE = (
 def make_internvl(folder: Path, tiny: TinyInternVL, seed: int = 0) -> Path:
     """Writes the checkpoint into `folder` and returns it; InternVLProcessor, which needs torchvision, writes none of it."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         InternVLConfig,
         InternVLForConditionalGeneration,
         InternVLVisionConfig,
         LlamaConfig,
-        PreTrainedTokenizerFast,
         Qwen2Config,
         Qwen3Config,
     )
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
-    learner.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-    learner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     named = {"context_image_token": special[5], "start_image_token": special[3], "end_image_token": special[4]}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learner, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-        extra_special_tokens=named | {"video_token": "<video>"},
-    )  # fmt: skip
+    tokenizer = tiny_bytes_tokenizer(
+        special, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named | {"video_token": "<video>"}
+    )
     image_token, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<IMG_CONTEXT>", "<|im_end|>"))
     vision = InternVLVisionConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=[tiny.side] * 2,
@@ -587,7 +592,7 @@ def make_internvl(folder: Path, tiny: TinyInternVL, seed: int = 0) -> Path:
     text = kind(
         vocab_size=len(tokenizer) + 3, hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=tiny.kv_heads, max_position_embeddings=2048, tie_word_embeddings=tiny.tied, eos_token_id=end,
-        bos_token_id=None, pad_token_id=0, **({} if tiny.decoder == "qwen2" else {"head_dim": 16}),
+        bos_token_id=None, pad_token_id=0, **(({} if tiny.decoder == "qwen2" else {"head_dim": 16}) | tiny.text),
     )  # fmt: skip
     places = (tiny.side // tiny.patch) ** 2 // 4
     config = InternVLConfig(

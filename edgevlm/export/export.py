@@ -30,7 +30,8 @@ __all__ = ["DTYPES", "export_bundle"]
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 #: The checkpoint's own files that the runtime reads, or that a user of the bundle expects to find.
 _COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/tokenizer_config.json", "qformer_tokenizer/special_tokens_map.json",
 )  # fmt: skip
@@ -62,8 +63,9 @@ def export_bundle(
         name, family = family_for_config(checkpoint.config)
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} is damaged: {exc}.") from exc
-    companions = [n for n in _COMPANIONS if (checkpoint.folder / n).is_file()]
-    _require_companions(checkpoint, set(companions))
+    made = _made_files(family, checkpoint.folder)
+    companions = [n for n in _COMPANIONS if n not in made and (checkpoint.folder / n).is_file()]
+    _require_companions(checkpoint, {*companions, *made})
 
     from huggingface_hub.errors import StrictDataclassError  # a value of another type in config.json
 
@@ -75,7 +77,7 @@ def export_bundle(
         fake = build_fake(lambda: family.build_model(checkpoint.folder), DTYPES[dtype])
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as exc:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a {name} model: {exc}.") from exc
-    weights = {family.weight_name(key): entry for key, entry in checkpoint.weights.items()}
+    weights = _named_weights(family, checkpoint)
     config: Any = fake.model.config
     try:
         manifest = family.describe(checkpoint.folder, config, DTYPES[dtype])
@@ -99,6 +101,8 @@ def export_bundle(
         for companion in companions:
             (folder / companion).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.folder / companion, folder / companion)
+        for file, text in made.items():
+            (folder / file).write_text(text, encoding="utf-8")
         seal(
             folder,
             dataclasses.replace(
@@ -106,6 +110,21 @@ def export_bundle(
             ),
         )
     return Bundle.open(output, check_files=False)
+
+
+def _made_files(family: Family, folder: Path) -> Mapping[str, str]:
+    return family.bundle_files(folder) if hasattr(family, "bundle_files") else {}
+
+
+def _named_weights(family: Family, checkpoint: Checkpoint) -> dict[str, WeightEntry]:
+    """The checkpoint's weights by the names that `bind_weights` looks for."""
+    if not hasattr(family, "split_weight"):
+        return {family.weight_name(key): entry for key, entry in checkpoint.weights.items()}
+    return {
+        name: entry if rows is None else entry.rows(rows.first, rows.count, rows.period)
+        for key, entry in checkpoint.weights.items()
+        for name, rows in family.split_weight(checkpoint.config, key, entry.shape).items()
+    }
 
 
 def bind_weights(

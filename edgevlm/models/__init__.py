@@ -23,7 +23,17 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from ..prompt import Prompt, PromptBuilder, Request
 
-__all__ = ["Embedded", "Family", "PartSpec", "RunPart", "aliases", "family_by_name", "family_for_config", "parts_needed"]
+__all__ = [
+    "Embedded",
+    "Family",
+    "PartSpec",
+    "Rows",
+    "RunPart",
+    "aliases",
+    "family_by_name",
+    "family_for_config",
+    "parts_needed",
+]
 
 RunPart = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 #: Of one picture: the embeddings `[places, hidden]` that take its places in the prompt, or its rows of the decoder's
@@ -43,6 +53,20 @@ class PartSpec:
     module: Any
     inputs: Mapping[str, tuple[tuple[int | str, ...], str]]
     outputs: Mapping[str, tuple[tuple[int | str, ...], str]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a stored weight make one of the model's: `count` from `first` on, of every `period` rows."""
+
+    first: int
+    count: int
+    period: int
+
+    def of(self, stored: Any) -> Any:
+        """Those rows of an array or tensor `[rows, …]`."""
+        runs = stored.reshape(-1, self.period, *stored.shape[1:])[:, self.first : self.first + self.count]
+        return runs.reshape(-1, *stored.shape[1:])
 
 
 class Family(Protocol):
@@ -67,6 +91,14 @@ class Family(Protocol):
 
     def weight_name(self, name: str) -> str:
         """One name for a weight, whichever layout (of parameter or checkpoint) it is given in."""
+
+    def split_weight(self, config: Mapping[str, Any], name: str, shape: Sequence[int]) -> Mapping[str, Rows | None]:
+        """What a stored weight of a checkpoint with this `config.json` holds: names as `weight_name` gives them, each with
+        its rows, None for all of them. Only families with a layout that holds several weights in one offer it."""
+
+    def bundle_files(self, folder: Path) -> Mapping[str, str]:
+        """Text files of the bundle that the checkpoint lacks, or has in another form, by name. Only families with such a
+        layout offer it."""
 
     def describe(self, folder: Path, config: Any, dtype: str) -> Manifest:
         """What the runtime must know of the checkpoint; parts and files are filled in by the export."""
@@ -110,10 +142,14 @@ def cross_tensors(cross: CrossAttention, length: str) -> dict[str, tuple[tuple[i
     return {f"cross_key_values.{n}.{which}": (shape, cross.dtype) for n in range(cross.layers) for which in ("key", "value")}
 
 
-def decoder_spec(module: Any, kv: KVCache, cross: CrossAttention | None, hidden: int, vocabulary: int, dtype: str) -> PartSpec:
-    """The part `decoder` around a `CachedDecoder`; its interface is the same in all families."""
+def decoder_spec(
+    module: Any, kv: KVCache, cross: CrossAttention | None, hidden: int, vocabulary: int, dtype: str, *, mrope: bool = False
+) -> PartSpec:
+    """The part `decoder` around a `CachedDecoder`; its interface is the same in all families, but for what is read beside the
+    sequence and, with `mrope`, the positions of the rotary embedding."""
     shape = ("batch_size", kv.heads, "capacity", kv.head_dim)
     cache = {f"past_key_values.{n}.{which}": (shape, dtype) for n in range(kv.layers) for which in ("key", "value")}
+    turns = {"mrope_position_ids": ((3, "batch_size", "sequence_length"), "int64")} if mrope else {}
     read = {}
     if cross:
         mask = (("batch_size", "sequence_length", "cross_length"), "bool")
@@ -126,6 +162,7 @@ def decoder_spec(module: Any, kv: KVCache, cross: CrossAttention | None, hidden:
             "position_ids": (("batch_size", "sequence_length"), "int64"),
             "last_token_index": (("batch_size",), "int64"),
             **cache,
+            **turns,
             **read,
         },
         {
@@ -172,8 +209,12 @@ def _added_tokens(folder: Path) -> dict[int, str]:
     return {int(entry["id"]): str(entry["content"]) for entry in table.get("added_tokens", [])}
 
 
+#: Files beside the families.
+_SHARED = ("decoder", "internvl_chat", "qwen_vl_modules", "tiktoken")
+
+
 def _modules() -> dict[str, Any]:
-    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "decoder"]
+    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED]
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 

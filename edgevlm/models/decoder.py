@@ -76,7 +76,8 @@ class _Layer:
 class StaticCache:
     """The KV cache of one trace: what came in, what goes out, and the masks that layers share.
 
-    `cross` and `cross_mask` (bool `[B, 1, S, cross_length]`) are what the decoder reads beside its own sequence.
+    `position_ids` `[B, S]` are places in the cache. `cross` and `cross_mask` (bool `[B, 1, S, cross_length]`) are what the
+    decoder reads beside its own sequence.
     """
 
     def __init__(
@@ -187,28 +188,33 @@ class CachedDecoder(nn.Module):
     New rows are written from `position_ids[:, 0]` on; a query sees the keys at positions up to its own. Rows of a
     right-padded batch write rubbish behind their end, which no query sees before it is overwritten.
 
-    With `cross_layers`, a bool mask `[B, S, cross_length]` and as many pairs `[B, H, cross_length, D]` follow.
+    With `mrope`, int64 `[3, B, S]` follows: the positions that the rotary embedding turns by (time, height, width), which
+    are other numbers than the places in the cache. With `cross_layers`, a bool mask `[B, S, cross_length]` and as many
+    pairs `[B, H, cross_length, D]` follow.
 
     Families whose model is called in another way override `hidden_states`.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, layers: int, cross_layers: int = 0) -> None:
+    def __init__(
+        self, language_model: nn.Module, lm_head: nn.Module, layers: int, cross_layers: int = 0, *, mrope: bool = False
+    ) -> None:
         super().__init__()
         self.language_model, self.lm_head = language_model, lm_head
-        self.layers, self.cross_layers = layers, cross_layers
+        self.layers, self.cross_layers, self.mrope = layers, cross_layers, mrope
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, last_token_index: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         past, rest = tensors[: 2 * self.layers], tensors[2 * self.layers :]
+        turns, rest = (rest[0], rest[1:]) if self.mrope else (position_ids, rest)
         mask = rest[0].unsqueeze(1) if self.cross_layers else None
         cache = StaticCache(past, position_ids, rest[1:], mask)
-        hidden = self.hidden_states(inputs_embeds, position_ids, cache)
+        hidden = self.hidden_states(inputs_embeds, turns, cache)
         row = last_token_index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         return (self.lm_head(torch.gather(hidden, 1, row)), *cache.present)
 
     def hidden_states(self, inputs_embeds: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
-        """`[B, S, hidden]`, what the head reads."""
+        """`[B, S, hidden]`, what the head reads; `position_ids` are those that the rotary embedding turns by."""
         return self.language_model(
             inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=NewRows(), use_cache=True,
             edgevlm_cache=cache,

@@ -350,7 +350,7 @@ def write(converted: Callable[..., Path]) -> Callable[..., Prompt]:
     model = open_flamingo.read_config(config)
     manifest = open_flamingo.describe(folder, model, "float32")
     image = manifest.image
-    builder = PromptBuilder(Tokenizer.from_folder(folder), None, image.token, image.token_id, lambda _: image.places)
+    builder = PromptBuilder(Tokenizer.from_folder(folder), None, image.token, image.token_id, lambda _: (1, 1, image.places))
     return lambda *args, **kwargs: open_flamingo.build_prompt(builder, manifest, normalize_request(*args, **kwargs))
 
 
