@@ -126,7 +126,8 @@ class ImageTokens:
 class PatchGrid:
     """How a picture of any size becomes patches and places: `size` pixels a patch, `temporal` frames a layer, `merge` by
     `merge` patches a place. `window` is the side of an attention window in places, 0 where attention is over the whole frame;
-    `tokens_per_second` what a second of a film counts in positions, 0 where layers are counted.
+    `tokens_per_second` what a second of a film counts in positions, 0 where layers are counted; `learnt` the side of the
+    square table of learnt positions that is stretched over a picture, 0 where there is none.
     """
 
     size: int
@@ -134,6 +135,7 @@ class PatchGrid:
     merge: int
     window: int = 0
     tokens_per_second: float = 0.0
+    learnt: int = 0
 
 
 @dataclass(frozen=True)

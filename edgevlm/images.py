@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +35,7 @@ __all__ = [
     "PixelRange",
     "TargetSize",
     "image_digest",
+    "load_frames",
     "load_image",
 ]
 
@@ -81,6 +83,29 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
             return _decode(_from_array(source), name, max_pixels)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _decode(image, name, max_pixels)
+
+
+def load_frames(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    """The frames of a film, each as `load_image` gives a picture: the pictures of a folder by their names, or all frames of
+    one file that Pillow reads (GIF, WebP, APNG, TIFF).
+
+    Raises `ImageError` as `load_image` does, and for a folder without a picture.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        known = Image.registered_extensions()
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known)
+        if not files:
+            raise ImageError(
+                f"{_name(path)} is a folder without a picture; a film is a folder of frames, or a file with several"
+            )
+        return [load_image(file, max_pixels=max_pixels) for file in files]
+    frames = []
+    with _mapped_to_image_error(_name(path)), Image.open(path) as film:
+        for number in range(getattr(film, "n_frames", 1)):
+            film.seek(number)
+            frames.append(_decode(film, f"frame {number + 1} of {_name(path)}", max_pixels))
+    return frames
 
 
 def image_digest(image: Image.Image) -> str:
@@ -223,7 +248,7 @@ class ImageProcessor:
             resample = option["resample"]
             if not isinstance(resample, int) or not 0 <= resample <= 5:
                 raise UnsupportedModelError(f"{kind}: resample = {resample!r}; needed: one of Pillow's filters, 0 to 5")
-        if option.get("do_center_crop"):
+        if option.get("do_center_crop") and not kind.startswith("Qwen2VL"):  # whose class has the option and no such step
             target = _target_size(option, "crop_size", square=True)
             if target.height is None or target.width is None:
                 raise UnsupportedModelError(f"{kind}: crop_size = {option['crop_size']!r}; needed: height and width")
@@ -271,6 +296,9 @@ class ImageProcessor:
 
         Raises `InputError` where that is less than the least that can be seen of a picture.
         """
+        for name, value in (("max_tiles", max_tiles), ("visual_tokens", visual_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"{name} is {value!r}; it is a whole number.")
         if max_tiles is not None and max_tiles < 1:
             raise InputError(f"max_tiles is {max_tiles}; it is 1 or more.")
         if isinstance(self.resize, PixelRange):
@@ -278,7 +306,8 @@ class ImageProcessor:
                 return self
             if visual_tokens < 1:
                 raise InputError(f"visual_tokens is {visual_tokens}; the least that this model can see of a picture takes 1.")
-            most = min(self.resize.most, visual_tokens * self.resize.factor**2)
+            place = self.resize.factor**2
+            most = max(min(self.resize.most, visual_tokens * place), place)
             return replace(self, resize=replace(self.resize, most=most, fewest=min(self.resize.fewest, most), limited=True))
         if visual_tokens is not None:
             tiles = visual_tokens // places
@@ -562,7 +591,11 @@ def _target_size(option: Mapping[str, Any], key: str, *, square: bool) -> Target
 
 def _pixel_range(kind: str, option: Mapping[str, Any]) -> PixelRange:
     """The limits are counts of pixels, though they are called edges; before that they were called what they are."""
-    size: Any = option.get("size") if isinstance(option.get("size"), Mapping) else {}
+    size: Any = option.get("size")
+    if size is None:
+        size = _DEFAULTS[kind]["size"]
+    elif not isinstance(size, Mapping):
+        size = {}
     fewest: Any = option.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
     most: Any = option.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
     numbers = (fewest, most, option["patch_size"], option["merge_size"], option["temporal_patch_size"])

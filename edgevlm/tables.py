@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
 
-__all__ = ["make_console", "print_parts", "print_report"]
+if TYPE_CHECKING:
+    from .vlm import Seen
+
+__all__ = ["describe_picture", "describe_seen", "make_console", "print_parts", "print_report"]
 
 
 def make_console(stderr: bool = False) -> Any:
@@ -19,6 +22,25 @@ def make_console(stderr: bool = False) -> Any:
             raise
 
     return PipedConsole(stderr=stderr, highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def describe_seen(seen: Seen) -> str:
+    """What became of a picture, in a line."""
+    frames = f"{seen.frames} frames of " if seen.frames > 1 else ""
+    change = "shown as they are" if seen.frames > 1 else "shown as it is"
+    if (seen.shown_width, seen.shown_height) != (seen.width, seen.height):
+        change = f"resized to {seen.shown_width} x {seen.shown_height}"
+    limit = ", over the pixel limit" if seen.limited else ""
+    return f"{frames}{seen.width} x {seen.height}{limit}, {change}: {seen.tokens:,} tokens"
+
+
+def describe_picture(manifest: Manifest) -> str:
+    """What a picture costs."""
+    image, patches = manifest.image, manifest.patches
+    if patches:
+        side = patches.size * patches.merge
+        return f"a token for every {side} x {side} pixels ({image.token})"
+    return f"{image.places} tokens{' a tile' * bool(manifest.image_options)} ({image.token or 'in front of the text'})"
 
 
 def print_parts(bundle: Bundle, console: Any, *, shapes: bool = False) -> None:

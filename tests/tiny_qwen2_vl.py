@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of Qwen2-VL and Qwen2.5-VL, in the forms that they are published in."""
+"""Tiny random checkpoints of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, in the forms that they are published in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyQwen2VL:
-    """A configuration. `generation` is 2 or 2.5; `flat` writes `config.json` and the weights' names as before transformers 4.52."""
+    """A configuration. `generation` is 2, 2.5 or 3; `flat` writes `config.json` and the weights' names as before transformers
+    4.52."""
 
     name: str
     generation: float = 2
@@ -51,13 +52,16 @@ class TinyQwen2VL:
         import transformers
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        prefix = "Qwen2VL" if self.generation == 2 else "Qwen2_5_VL"
+        prefix = {2: "Qwen2VL", 2.5: "Qwen2_5_VL", 3: "Qwen3VL"}[self.generation]
         tokenizer = tiny_bytes_tokenizer(SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-        number = tokenizer.convert_tokens_to_ids
+        number, kind = tokenizer.convert_tokens_to_ids, "type" if self.generation < 3 else "rope_type"
         sizes: dict[str, Any] = {"depth": 3, "num_heads": 4, "patch_size": self.patch, "spatial_merge_size": self.merge,
                                  "temporal_patch_size": self.temporal}  # fmt: skip
         if self.generation == 2:
             sizes |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 56}
+        elif self.generation == 3:
+            sizes |= {"hidden_size": 32, "intermediate_size": 44, "out_hidden_size": 56, "deepstack_visual_indexes": [0, 2],
+                      "num_position_embeddings": 25}  # fmt: skip
         else:
             sizes |= {"hidden_size": 32, "intermediate_size": 44, "out_hidden_size": 56, "fullatt_block_indexes": [1],
                       "window_size": 2 * self.merge * self.patch, "tokens_per_second": 2}  # fmt: skip
@@ -67,7 +71,8 @@ class TinyQwen2VL:
                 "vocab_size": len(tokenizer) + 3, "hidden_size": 56, "intermediate_size": 96, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": self.kv_heads, "max_position_embeddings": 2048,
                 "tie_word_embeddings": self.tied, "rope_theta": 1e4, "eos_token_id": number("<|im_end|>"), "bos_token_id": None,
-                "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": list(self.sections)}, **self.text,
+                "pad_token_id": 0, **self.text,
+                "rope_scaling": {kind: "mrope" if kind == "type" else "default", "mrope_section": list(self.sections)},
             },
             image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
             vision_start_token_id=number("<|vision_start|>"), vision_end_token_id=number("<|vision_end|>"),
@@ -116,5 +121,8 @@ QWEN2_VLS = [
     TinyQwen2VL("qwen2.5-vl", 2.5),
     TinyQwen2VL("qwen2.5-vl-windows", 2.5, patch=5, dtype="float16", tied=True, vision={
         "window_size": 30, "fullatt_block_indexes": [0, 2], "depth": 4, "tokens_per_second": 4}),
+    TinyQwen2VL("qwen3-vl", 3, text={"head_dim": 14}),
+    TinyQwen2VL("qwen3-vl-tied", 3, patch=5, tied=True, dtype="bfloat16", sections=(4, 2, 2), vision={
+        "deepstack_visual_indexes": [1], "depth": 4, "num_position_embeddings": 144}, text={"head_dim": 16}),
     TinyQwen2VL("qwen2.5-vl-whole", 2.5, merge=1, flat=True, vision={"fullatt_block_indexes": [0, 1, 2]}),
 ]  # fmt: skip

@@ -81,7 +81,7 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     config, body = model.config, model.model
     vision, text = config.vision_config, config.text_config
     kv, grid = llava.kv_cache(text, dtype), _patch_grid(vision)
-    traced, reference = _modules()
+    traced, reference = encoders()
     module = traced if vision._attn_implementation == ATTENTION else reference
     square = grid.merge * grid.merge
     patch = vision.in_channels * grid.temporal * grid.size * grid.size
@@ -110,7 +110,8 @@ def part_specs(model: Any, dtype: str) -> list[PartSpec]:
     ]  # fmt: skip
 
 
-def _modules() -> tuple[type[Any], type[Any]]:
+def encoders() -> tuple[type[Any], type[Any]]:
+    """The vision encoder as it is traced, and as transformers itself runs it."""
     import torch
     from torch import Tensor, nn
     from torch.onnx.ops import symbolic
@@ -130,16 +131,13 @@ def _modules() -> tuple[type[Any], type[Any]]:
             self.tower, self.heads = tower, tower.config.num_heads
             self.whole = set(getattr(tower, "fullatt_block_indexes", range(len(tower.blocks))))
 
-        def forward(
-            self, pixel_values: Tensor, position_ids: Tensor, window_index: Tensor | None = None, place: Tensor | None = None
-        ) -> Tensor:
+        def forward(self, pixel_values: Tensor, position_ids: Tensor, *tables: Tensor) -> Tensor:
             frames, places = pixel_values.shape[:2]
-            kernel = self.tower.patch_embed.proj.weight
-            # A convolution whose stride is its size, over patches that are cut already, is a product.
-            x = nn.functional.linear(pixel_values.flatten(1, 2), kernel.flatten(1), self.tower.patch_embed.proj.bias)
+            x = self.embed(pixel_values, *tables)
             turns = position_ids.flatten(0, 1).unsqueeze(-1).float() * self.tower.rotary_pos_emb.inv_freq
             turns = turns.flatten(1).unsqueeze(0).expand(frames, -1, -1)
             cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+            deep = []
             for number, block in enumerate(self.tower.blocks):
                 attention, normed = block.attn, block.norm1(x)
                 split = attention.qkv(normed).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -147,14 +145,27 @@ def _modules() -> tuple[type[Any], type[Any]]:
                 query, key = (
                     symbolic("RotaryEmbedding", [t, cos, sin], dtype=t.dtype, shape=t.shape, version=23) for t in (query, key)
                 )
-                if number in self.whole or window_index is None or place is None:
+                if number in self.whole:
                     seen = self.see_all(query, key, value, attention.scaling)
                 else:
-                    seen = self.see_window(query, key, value, attention.scaling, window_index, place)
+                    seen = self.see_window(query, key, value, attention.scaling, *tables)
                 x = x + attention.proj(seen.transpose(1, 2).flatten(2))
                 x = x + block.mlp(block.norm2(x))
-            merger = self.tower.merger
-            return merger.mlp(merger.ln_q(x).view(frames, places, -1))
+                deep += self.look_deep(number, x, places)
+            return torch.cat([self.merge(self.tower.merger, x, places), *deep], -1)
+
+        def embed(self, pixel_values: Tensor, *_: Tensor) -> Tensor:
+            """`[frames, patches, width]`. A convolution whose stride is its size is a product over patches already cut."""
+            kernel = self.tower.patch_embed.proj
+            return nn.functional.linear(pixel_values.flatten(1, 2), kernel.weight.flatten(1), kernel.bias)
+
+        def merge(self, merger: Any, x: Tensor, places: Any) -> Tensor:
+            """`[frames, places, hidden]`: the patches of a place side by side, projected."""
+            return merger.mlp(merger.ln_q(x).view(x.shape[0], places, -1))
+
+        def look_deep(self, number: int, x: Tensor, places: Any) -> list[Tensor]:
+            """What is handed on from behind block `number`, for models that look there too."""
+            return []
 
         def see_all(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             """`[frames, heads, patches, D]` each. Blocks are of one size, so the last may repeat the last row."""
@@ -192,7 +203,10 @@ def _modules() -> tuple[type[Any], type[Any]]:
             rows, columns = (position_ids.flatten(0, 1).amax(0) + 1).tolist()
             patches = pixel_values.flatten(0, 2)
             out = self.tower(patches, grid_thw=torch.tensor([[frames, rows, columns]]))
-            return out.pooler_output.view(frames, places, -1)
+            return self.read(out).view(frames, places, -1)
+
+        def read(self, out: Any) -> Tensor:
+            return out.pooler_output
 
     return VisionEncoder, Reference
 
