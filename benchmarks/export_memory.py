@@ -1,7 +1,8 @@
-"""How much memory exporting a checkpoint of LLaVA-1.5-7B's size takes, and how fast the result answers.
+"""How much memory exporting a checkpoint of 7B size takes, and how fast the result answers.
 
-    python benchmarks/export_memory.py                  # 14 GB of checkpoint, 5 GB of bundle; removed when it is through
-    python benchmarks/export_memory.py --scale tiny     # the same steps within a minute
+    python benchmarks/export_memory.py                       # LLaVA-1.5: 14 GB of checkpoint, 5 GB of bundle; removed then
+    python benchmarks/export_memory.py --family qwen2.5-vl   # 17 GB of checkpoint, 6 GB of bundle
+    python benchmarks/export_memory.py --scale tiny          # the same steps within a minute
 
 1. Writes a checkpoint of the real architecture at real size with random weights. Names and shapes are those of the
    transformers model, built without storage; values go to disk in pieces, so this takes no memory either.
@@ -29,7 +30,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +57,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+#: From number 151,643 on, in this order.
+CHATML_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+FIRST_SPECIAL = 151643
+
 IMPORTS = "import edgevlm.export.trace, edgevlm.export.passes; from transformers import LlavaForConditionalGeneration"
 
 ANSWER = """
@@ -65,7 +80,7 @@ from edgevlm.scenes import render_scene, sample_scene
 began = time.perf_counter()
 vlm = VLM.load(sys.argv[1], check_files=True)
 loaded = time.perf_counter() - began
-picture = render_scene(sample_scene(0), 336)
+picture = render_scene(sample_scene(0), int(sys.argv[3])).resize((int(sys.argv[3]), int(sys.argv[4])))
 reply = vlm.generate("How many cubes are there?", images=[picture], max_new_tokens=int(sys.argv[2]))
 timings = reply.timings
 print(json.dumps({
@@ -82,7 +97,8 @@ class MeasurementError(Exception):
 
 @dataclass(frozen=True)
 class Scale:
-    """The widths and depths of a LLaVA; everything else is as in LLaVA-1.5-7B."""
+    """The widths and depths of a model; everything else is as in LLaVA-1.5-7B or Qwen2.5-VL-7B. `image` is the side of a
+    picture that the tower takes, of LLaVA; `kv_heads` and `vocabulary` are Qwen's."""
 
     hidden: int
     intermediate: int
@@ -95,13 +111,20 @@ class Scale:
     image: int
     projection: int
     shard_bytes: int
+    kv_heads: int = 4
+    vocabulary: int = 152064
 
 
 _REAL = Scale(4096, 11008, 32, 32, 1024, 4096, 24, 16, 336, 768, 5_000_000_000)
 SCALES = {
     "7b": _REAL,
-    "wide": Scale(4096, 11008, 2, 32, 1024, 4096, 2, 16, 336, 768, 500_000_000),  # the largest tensors at a tenth of the size
+    "wide": Scale(4096, 11008, 2, 32, 1024, 4096, 2, 16, 336, 768, 500_000_000),  # the largest tensors, a tenth of the size
     "tiny": Scale(128, 256, 2, 4, 64, 128, 2, 4, 56, 64, 5_000_000),
+}
+QWEN_SCALES = {
+    "7b": Scale(3584, 18944, 28, 28, 1280, 3420, 32, 16, 0, 0, 4_000_000_000),
+    "wide": Scale(3584, 18944, 2, 28, 1280, 3420, 2, 16, 0, 0, 500_000_000),
+    "tiny": Scale(128, 256, 2, 4, 64, 128, 2, 4, 0, 0, 50_000_000, kv_heads=2),
 }
 
 
@@ -128,24 +151,53 @@ def make_config(scale: Scale, dtype: str) -> Any:
     )  # fmt: skip
 
 
-def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def make_qwen_config(scale: Scale, dtype: str) -> Any:
+    import torch
+    from transformers import Qwen2_5_VLConfig
+
+    layers = scale.vision_layers
+    vision = {
+        "depth": layers, "hidden_size": scale.vision_hidden, "intermediate_size": scale.vision_intermediate,
+        "num_heads": scale.vision_heads, "out_hidden_size": scale.hidden, "tokens_per_second": 2,
+        "fullatt_block_indexes": [n for n in range(layers) if n % 8 == 7] or [layers - 1],
+    }  # fmt: skip
+    text = {
+        "vocab_size": scale.vocabulary, "hidden_size": scale.hidden, "intermediate_size": scale.intermediate,
+        "num_hidden_layers": scale.layers, "num_attention_heads": scale.heads, "num_key_value_heads": scale.kv_heads,
+        "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": False, "eos_token_id": FIRST_SPECIAL + 2,
+        "bos_token_id": FIRST_SPECIAL, "pad_token_id": FIRST_SPECIAL,
+        "rope_scaling": {"type": "mrope", "mrope_section": [n * scale.hidden // scale.heads // 128 for n in (16, 24, 24)]},
+    }  # fmt: skip
+    number = {name: FIRST_SPECIAL + place for place, name in enumerate(CHATML_SPECIAL)}
+    return Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, tie_word_embeddings=False,
+        image_token_id=number["<|image_pad|>"], video_token_id=number["<|video_pad|>"],
+        vision_start_token_id=number["<|vision_start|>"], vision_end_token_id=number["<|vision_end|>"],
+        architectures=["Qwen2_5_VLForConditionalGeneration"], dtype=getattr(torch, DTYPES[dtype][0]),
+    )  # fmt: skip
+
+
+#: transformers has renamed its modules since these checkpoints were made.
+LLAVA_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+QWEN_NAMES = {"model.language_model.": "model.", "model.visual.": "visual.", "lm_head.": "lm_head."}
+
+
+def weight_shapes(config: Any, renamed: dict[str, str]) -> dict[str, tuple[int, ...]]:
     """The weights' shapes under the names that the checkpoints on the Hub have."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    return {_hub_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model = getattr(transformers, config.architectures[0])(config)
+    return {_hub_name(name, renamed): tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _hub_name(name: str) -> str:
-    # transformers has renamed its modules since these checkpoints were made.
-    renamed = {
-        "model.language_model.": "language_model.model.",
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "lm_head.": "language_model.lm_head.",
-    }
+def _hub_name(name: str, renamed: dict[str, str]) -> str:
     for new, old in renamed.items():
         if name.startswith(new):
             return old + name.removeprefix(new)
@@ -245,6 +297,43 @@ def write_companions(folder: Path, config: Any) -> None:
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD_TOKEN).save_pretrained(folder)
 
 
+def write_qwen_companions(folder: Path, config: Any) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces += [f"<reserved_{number}>" for number in range(len(pieces), FIRST_SPECIAL)]
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CHATML_SPECIAL])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    config.save_pretrained(folder)
+    GenerationConfig(eos_token_id=FIRST_SPECIAL + 2, pad_token_id=FIRST_SPECIAL).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a checkpoint of a family is made, and the picture (width, height) that its bundle is asked about."""
+
+    scales: dict[str, Scale]
+    config: Callable[[Scale, str], Any]
+    names: dict[str, str]
+    companions: Callable[[Path, Any], None]
+    picture: tuple[int, int]
+
+
+FAMILIES = {
+    "llava": Model(SCALES, make_config, LLAVA_NAMES, write_companions, (336, 336)),
+    "qwen2.5-vl": Model(QWEN_SCALES, make_qwen_config, QWEN_NAMES, write_qwen_companions, (1280, 960)),
+}
+
+
 # ----------------------------------------------------------------------------------------- measuring
 
 
@@ -326,9 +415,10 @@ def packages() -> dict[str, str]:
 
 def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Takes the three steps inside the empty `folder`."""
-    scale = SCALES[options.scale]
-    config = make_config(scale, options.dtype)
-    shapes = weight_shapes(config)
+    model = FAMILIES[options.family]
+    scale = model.scales[options.scale]
+    config = model.config(scale, options.dtype)
+    shapes = weight_shapes(config, model.names)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     expected = parameters * {"fp16": 2, "bf16": 2, "fp32": 4}[options.dtype]
     check_disk(folder, expected, int(parameters * RECIPES[options.recipe]))
@@ -336,7 +426,7 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict
     checkpoint, bundle, output = folder / "checkpoint", folder / "bundle", folder / "output.txt"
     checkpoint.mkdir()
     began = time.perf_counter()
-    write_companions(checkpoint, config)
+    model.companions(checkpoint, config)
     size = write_weights(checkpoint, shapes, options.dtype, scale.shard_bytes, console)
     written = time.perf_counter() - began
     console.print(f"checkpoint: {parameters:,} parameters, {size / 1e9:.2f} GB, written in {written:.0f} s")
@@ -348,11 +438,13 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict
     export = watch(command, output, "The export")
     console.print(output.read_text(encoding="utf-8"), markup=False, end="")
     bundle_size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    run = watch(["-c", ANSWER, str(bundle), str(options.tokens)], output, "Loading the bundle and answering")
+    asked = [str(number) for number in (options.tokens, *model.picture)]
+    run = watch(["-c", ANSWER, str(bundle), *asked], output, "Loading the bundle and answering")
     answer = json.loads(output.read_text(encoding="utf-8"))
 
     limit = int(options.limit_gb * 1e9)
     return {
+        "family": options.family,
         "scale": options.scale,
         "recipe": options.recipe,
         "machine": machine(),
@@ -380,7 +472,8 @@ def check_disk(folder: Path, checkpoint: int, bundle: int) -> None:
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     checkpoint, imports, export, run = (result[step] for step in ("checkpoint", "imports", "export", "run"))
-    title = f"{result['scale']}: {checkpoint['parameters'] / 1e9:.2f} G parameters, {checkpoint['dtype']} to {result['recipe']}"
+    size = f"{checkpoint['parameters'] / 1e9:.2f} G parameters"
+    title = f"{result['family']} {result['scale']}: {size}, {checkpoint['dtype']} to {result['recipe']}"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for column in ("step", "seconds", "peak anonymous GB", "peak resident GB", "on disk GB", ""):
         table.add_column(column, justify="left" if column in ("step", "") else "right")
@@ -394,8 +487,9 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     verdict = "[green]within[/]" if result["within_limit"] else "[red]over[/]"
     remark = f"{verdict} the limit of {result['limit_bytes'] / 1e9:.2f} GB; peak after {export['peak_at_seconds']:.0f} s"
     add("export and quantize", export["seconds"], export, export["bundle_bytes"], remark)
-    speed = f"first token after {run['first_token_ms']:,.0f} ms, {run['tokens_per_second']:.1f} tokens/s"
-    add("load and answer", run["seconds"], run, None, f"loaded in {run['load_seconds']:.1f} s; {speed}")
+    first = f"first token behind {run['prompt_tokens']:,} after {run['first_token_ms']:,.0f} ms"
+    remark = f"loaded in {run['load_seconds']:.1f} s; {first}, {run['tokens_per_second']:.1f} tokens/s"
+    add("load and answer", run["seconds"], run, None, remark)
     console.print(table)
 
 
@@ -403,10 +497,11 @@ def print_table(result: dict[str, Any], console: Console) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    purpose = "Measures the memory of an export at the size of LLaVA-1.5-7B."
+    purpose = "Measures the memory of an export at the size of a 7B model."
     parser = argparse.ArgumentParser(description=purpose, allow_abbrev=False)
     add = parser.add_argument
     add("--work", type=Path, default=Path("build/export-memory"), help="where it writes (default: build/export-memory)")
+    add("--family", choices=FAMILIES, default="llava", help="whose checkpoint (default: llava)")
     add("--scale", choices=SCALES, default="7b", help="7b: real size; wide: its widths, two layers; tiny (default: 7b)")
     add("--dtype", choices=DTYPES, default="fp16", help="dtype of the checkpoint (default: fp16)")
     add("--recipe", choices=RECIPES, default="int4", help="how the export quantizes; float: not at all (default: int4)")
@@ -439,7 +534,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not Path("/proc/self/status").is_file():
             raise MeasurementError("This needs Linux: memory is read from /proc.")
-        with scratch(options.work / f"{options.scale}-{options.dtype}-{options.recipe}", options.keep) as folder:
+        with scratch(
+            options.work / f"{options.family}-{options.scale}-{options.dtype}-{options.recipe}", options.keep
+        ) as folder:
             result = measure(options, folder, console)
     except (MeasurementError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
