@@ -58,7 +58,7 @@ class WeightEntry:
         return replace(self, offset=self.offset + first * row, shape=(runs * count, *rest), runs=runs, stride=period)
 
     def map(self) -> np.ndarray:
-        """The tensor, memory-mapped and read-only; one in several runs is a copy."""
+        """The tensor, memory-mapped and read-only; of one in several runs a copy, where it has more than one dimension."""
         dtype = _DTYPES[self.dtype]
         if 0 in self.shape:
             return np.zeros(self.shape, dtype)

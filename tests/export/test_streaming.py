@@ -14,6 +14,7 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 
 from edgevlm import tensors
+from edgevlm.models import Rows
 from edgevlm.tensors import StoredTensor, column_blocks, read_safetensors_index
 
 SHAPES = {
@@ -53,6 +54,34 @@ def test_streamed_bytes_are_the_whole_tensors(
             assert file.getvalue() == tensor.numpy().tobytes() == tensor.tobytes() == expected.tobytes()
             assert tensor.nbytes == len(file.getvalue())
             assert tuple(tensor.shape) == expected.shape
+
+
+@pytest.mark.parametrize("block_bytes", [64, 32 << 20])
+@pytest.mark.parametrize(("first", "count", "period"), [(0, 2, 6), (2, 4, 6), (1, 1, 3), (0, 2, 2), (1, 2, 3), (5, 1, 6)])
+def test_rows_of_a_tensor_are_one_of_their_own(
+    stored: tuple[Path, dict[str, np.ndarray]], first: int, count: int, period: int, block_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", block_bytes)
+    path, _ = stored
+    rng = np.random.default_rng(0)
+    entries = read_safetensors_index(path)
+    dtype = entries["matrix"].map().dtype
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in (("w", (6, 11)), ("b", (6,)), ("k", (6, 3, 2)))}
+    path = path.with_name(f"rows-{first}-{count}-{period}-{block_bytes}.safetensors")
+    save_file(arrays, path)
+    for name, entry in read_safetensors_index(path).items():
+        part = entry.rows(first, count, period)
+        wanted = Rows(first, count, period).of(arrays[name])
+        assert part.shape == wanted.shape == (6 // period * count, *arrays[name].shape[1:])
+        np.testing.assert_array_equal(part.map(), wanted)
+        kept = [row for row in range(6) if first <= row % period < first + count]
+        np.testing.assert_array_equal(wanted, arrays[name][kept])
+        assert isinstance(part.map(), np.memmap) == (period == 6)
+        for transposed in [False, True] if wanted.ndim == 2 else [False]:
+            tensor, file = StoredTensor(part, ir.DataType.FLOAT, name, transposed=transposed), io.BytesIO()
+            tensor.tofile(file)
+            assert file.getvalue() == np.ascontiguousarray(wanted.T if transposed else wanted, np.float32).tobytes()
 
 
 def test_blocks_are_small(stored: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,8 @@ def test_limits_that_cannot_be_met(tiny: Callable[[str], Tiny], option: dict[str
     [
         (lambda c: c["text_config"].update(model_type="opt"), "decoder 'opt' is not supported"),
         (lambda c: c.update(vision_feature_layer=[-1, -2]), "one layer is"),
+        (lambda c: c.update(vision_feature_layer=4, vision_config={"num_hidden_layers": 3}), "has 3 layers: -4 to 3"),
+        (lambda c: c["text_config"].update(rope_scaling={"type": "longrope"}), "'longrope' is not supported"),
     ],
 )
 def test_what_is_not_covered(change: Callable[[dict[str, Any]], None], said: str) -> None:
@@ -112,6 +114,44 @@ def test_what_is_not_covered(change: Callable[[dict[str, Any]], None], said: str
     change(config)
     with pytest.raises(UnsupportedModelError, match=said):
         internvl.check_config(config)
+
+
+def test_the_rotary_scaling_of_the_published_files(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    """Dynamic scaling changes angles beyond the context length only, and no sequence in a bundle is longer."""
+    checkpoint = Path(shutil.copytree(tiny(NAME).checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0)
+    config["text_config"]["max_position_embeddings"] = 512
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    bundle = export_bundle(str(checkpoint), tmp_path / "bundle")
+    for part in bundle.manifest.parts:
+        graphs = [(folder / "onnx" / f"{part}.onnx").read_bytes() for folder in (bundle.folder, tiny(NAME).bundle)]
+        assert graphs[0] == graphs[1], part
+    with pytest.raises(InputError, match="512, this model's context length"):
+        VLM.load(bundle.folder, capacity=513)
+    prompt = "Where is the large green ball? " * 14
+    reply = VLM.load(bundle.folder).generate(prompt, images=[picture(1)], max_new_tokens=500)
+    assert reply.finish_reason == "capacity"
+    reference = internvl.load_reference(checkpoint).eval()
+    assert reference.model.language_model.rotary_emb.rope_type == "dynamic"
+    vlm = VLM.load(bundle.folder)
+    vlm._stop = frozenset()
+    ids = vlm._builder.tokenizer.encode("Is there a red cube? " * 20)
+    found = vlm.generate("Is there a red cube? " * 20, max_new_tokens=8).tokens
+    assert len(ids) > 100
+    assert found == greedy(reference, vlm, "Is there a red cube? " * 20, 8)
+
+
+def greedy(model: Any, vlm: VLM, prompt: str, tokens: int) -> list[int]:
+    import torch
+
+    from edgevlm.prompt import normalize_request
+
+    built = internvl.build_prompt(vlm._builder, vlm.bundle.manifest, normalize_request(prompt))
+    ids = torch.tensor([built.ids])
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(built.ids) :].tolist()
 
 
 def test_places_that_do_not_fit(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
