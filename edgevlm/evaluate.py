@@ -49,7 +49,7 @@ def score_scenes(
     shots: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Asks a model about pictures of `side` pixels, one question at a time, greedily.
+    """Asks a model about pictures of `side` pixels on their shorter side, one question at a time, greedily.
 
     With `shots`, as many training scenes with a question and its answer come before, as earlier turns of a chat; which
     ones depends on the question's number alone.
@@ -92,14 +92,17 @@ def _ask(picture: Any, text: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}
 
 
-def blind_answers(questions: Iterable[tuple[Scene, Question]], scenes: int = 3000) -> Iterable[tuple[Question, str]]:
-    """The most frequent answer to the same words over training scenes, or, where they never came up, to that kind."""
+def blind_answers(
+    questions: Iterable[tuple[Scene, Question]], scenes: int = 3000, aspect: str = "square"
+) -> Iterable[tuple[Question, str]]:
+    """The most frequent answer to the same words over training scenes of an aspect, or, where they never came up, to that
+    kind."""
     by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     order = list(SPLITS["train"][:scenes])
     random.Random(0).shuffle(order)
     for seed in order:
-        for question in ask_all(sample_scene(seed)):
+        for question in ask_all(sample_scene(seed, aspect)):
             by_text[question.text][question.answer] += 1
             by_kind[question.kind][question.answer] += 1
     for _, question in questions:

@@ -8,7 +8,8 @@ data set can be downloaded.
     >>> picture = render_scene(scene, 224)          # PIL image, RGB
     >>> for question in ask_all(scene): print(question.text, question.answer)
 
-Coordinates are in the unit square, x to the right and y downwards. The module knows nothing of models.
+Coordinates are in units of the picture's shorter side, x to the right and y downwards: a square scene is the unit
+square. Scenes may also be wide or tall (`ASPECTS`), drawn from the same seeds. The module knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 __all__ = [
+    "ASPECTS",
     "COLOURS",
     "KINDS",
     "SHAPES",
@@ -44,6 +46,9 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 KINDS = ("existence", "colour", "shape", "size", "count", "relation", "position", "caption")
 NUMBERS = ("zero", "one", "two", "three", "four")
 
+#: How much longer the longer side is, at least and at most, by the name of a scene's aspect.
+ASPECTS = {"square": (1.0, 1.0), "wide": (1.5, 3.0), "tall": (1.5, 3.0)}
+
 #: Seeds by purpose. `validation` may be used to choose something, `test` never.
 SPLITS = {
     "train": range(10_000_000),
@@ -63,14 +68,14 @@ _TABLES = ((120, 95, 70), (105, 105, 110), (140, 120, 95), (85, 95, 100))
 _RADIUS = {"small": (0.086, 0.110), "large": (0.148, 0.180)}
 #: Centres are at least this share of the summed radii apart: neighbours may hide a part of each other, never all.
 _SPACING = 0.82
-#: Closer than this to the middle line, or to each other along an axis, nobody would call it left or right.
+#: Closer than this share of the side to the middle line, or to each other along an axis, nobody would call it left or right.
 _MARGIN_POSITION = 0.0625
 _MARGIN_RELATION = 0.094
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its centre, radius (unit square) and rotation (radians)."""
+    """One object: its centre and radius (in units of the picture's shorter side) and rotation (radians)."""
 
     shape: str
     colour: str
@@ -83,10 +88,16 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from back to front; `seed` also fixes table, light and noise of the picture."""
+    """Objects from back to front; `seed` also fixes table, light and noise of the picture. The shorter side is 1 long."""
 
     seed: int
     objects: tuple[SceneObject, ...]
+    width: float = 1.0
+    height: float = 1.0
+
+    def pixels(self, size: int) -> tuple[int, int]:
+        """Width and height of its picture, of which the shorter side has `size` pixels."""
+        return round(self.width * size), round(self.height * size)
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,13 @@ class Question:
     answer: str
 
 
-def sample_scene(seed: int) -> Scene:
-    """Draws one to four objects, no two of the same shape and colour."""
-    rng = random.Random(f"scene {seed}")
+def sample_scene(seed: int, aspect: str = "square") -> Scene:
+    """Draws one to four objects, no two of the same shape and colour, on a table of an aspect (one of `ASPECTS`)."""
+    rng = random.Random(f"scene {seed}" if aspect == "square" else f"{aspect} scene {seed}")
+    width = height = 1.0
+    if aspect != "square":
+        longer = rng.uniform(*ASPECTS[aspect])
+        width, height = (longer, 1.0) if aspect == "wide" else (1.0, longer)
     wanted = rng.choices((1, 2, 3, 4), (1, 2, 3, 3))[0]
     objects: list[SceneObject] = []
     for _ in range(200):
@@ -113,21 +128,21 @@ def sample_scene(seed: int) -> Scene:
         if objects and rng.random() < 0.2:
             colour = objects[-1].colour
         radius = rng.uniform(*_RADIUS[size])
-        x, y = (rng.uniform(radius + 0.016, 1 - radius - 0.016) for _ in range(2))
+        x, y = (rng.uniform(radius + 0.016, side - radius - 0.016) for side in (width, height))
         rotation = rng.uniform(-0.25, 0.25)
         if any((o.shape, o.colour) == (shape, colour) for o in objects):
             continue
         if any(math.hypot(x - o.x, y - o.y) < _SPACING * (radius + o.radius) for o in objects):
             continue
         objects.append(SceneObject(shape, colour, size, x, y, radius, rotation))
-    return Scene(seed, tuple(objects))
+    return Scene(seed, tuple(objects), width, height)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
 def _outline(obj: SceneObject) -> list[tuple[float, float]]:
-    """The corners of a cube, cone or star in the unit square."""
+    """The corners of a cube, cone or star."""
     r = obj.radius
     if obj.shape == "cube":
         k = 0.88 * r
@@ -150,8 +165,9 @@ def _disc(x: float, y: float, radius: float) -> list[tuple[float, float]]:
 
 
 def render_scene(scene: Scene, size: int = 224) -> Image.Image:
-    """The scene as a square RGB picture of `size` pixels, with shadows, shading, uneven light and sensor noise."""
+    """The scene as an RGB picture, `size` pixels on its shorter side, with shadows, shading, uneven light and sensor noise."""
     rng = random.Random(f"picture {scene.seed}")
+    width, height = scene.pixels(size)
     scale = 2 * size  # drawn twice as large, then averaged: Pillow's shapes have no smooth edges
 
     def px(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -159,12 +175,13 @@ def render_scene(scene: Scene, size: int = 224) -> Image.Image:
 
     brightness = rng.randint(-12, 12)
     table = tuple(channel + brightness for channel in rng.choice(_TABLES))
-    canvas = Image.new("RGB", (scale, scale), table)
+    canvas = Image.new("RGB", (2 * width, 2 * height), table)
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(2, 5)):  # the grain of the table
-        y, shade = rng.random(), rng.randint(-10, 10)
+        y, shade = rng.random() * scene.height, rng.randint(-10, 10)
         grain = tuple(channel + shade for channel in table)
-        draw.line(px([(0, y), (1, y + rng.uniform(-0.06, 0.06))]), grain, max(1, round(rng.uniform(0.006, 0.026) * size)))
+        end = (scene.width, y + rng.uniform(-0.06, 0.06))
+        draw.line(px([(0, y), end]), grain, max(1, round(rng.uniform(0.006, 0.026) * size)))
 
     for obj in scene.objects:
         x, y, r = obj.x, obj.y, obj.radius
@@ -188,16 +205,16 @@ def render_scene(scene: Scene, size: int = 224) -> Image.Image:
             draw.polygon(px([corners[0], corners[1], _between(corners[1], corners[2], 1 / 3)]), dark)
 
     pixels = np.asarray(canvas.reduce(2), np.float32)
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    light_field = 1 + rng.uniform(-0.12, 0.12) * ramp[None, :] + rng.uniform(-0.12, 0.12) * ramp[:, None]
-    noise = np.random.default_rng(scene.seed).standard_normal((size, size, 1), dtype=np.float32)
+    across, down = (np.linspace(-1, 1, side, dtype=np.float32) for side in (width, height))
+    light_field = 1 + rng.uniform(-0.12, 0.12) * across[None, :] + rng.uniform(-0.12, 0.12) * down[:, None]
+    noise = np.random.default_rng(scene.seed).standard_normal((height, width, 1), dtype=np.float32)
     pixels = pixels * light_field[..., None] * rng.uniform(0.88, 1.1) + noise * rng.uniform(1, 6)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def render_mask(scene: Scene, size: int) -> np.ndarray:
-    """Which object each pixel shows: uint8 `[size, size]`, 0 is the table, `n` is `scene.objects[n - 1]`."""
-    mask = Image.new("L", (size, size), 0)
+    """Which object each pixel of the picture shows: uint8 `[height, width]`, 0 is the table, `n` is `scene.objects[n - 1]`."""
+    mask = Image.new("L", scene.pixels(size), 0)
     draw = ImageDraw.Draw(mask)
     for number, obj in enumerate(scene.objects, 1):
         if obj.shape == "ball":
@@ -283,7 +300,8 @@ def _ask_relation(scene: Scene, obj: SceneObject, rng: random.Random) -> Questio
         return None
     other = rng.choice(others)
     relation = rng.choice(("left of", "right of", "above", "below"))
-    distance = other.x - obj.x if relation in ("left of", "right of") else other.y - obj.y
+    across = relation in ("left of", "right of")
+    distance = (other.x - obj.x) / scene.width if across else (other.y - obj.y) / scene.height
     if abs(distance) < _MARGIN_RELATION:
         return None
     holds = (distance > 0) == (relation in ("left of", "above"))
@@ -292,7 +310,7 @@ def _ask_relation(scene: Scene, obj: SceneObject, rng: random.Random) -> Questio
 
 
 def _ask_position(scene: Scene, obj: SceneObject, rng: random.Random) -> Question | None:
-    dx, dy = obj.x - 0.5, obj.y - 0.5
+    dx, dy = obj.x / scene.width - 0.5, obj.y / scene.height - 0.5
     if min(abs(dx), abs(dy)) < _MARGIN_POSITION:
         return None
     answer = f"{'top' if dy < 0 else 'bottom'} {'left' if dx < 0 else 'right'}"
@@ -332,8 +350,10 @@ def ask_all(scene: Scene, tries: int = 10) -> list[Question]:
     return [question for question in drawn if question is not None]
 
 
-def heldout_questions(count: int = 1000, split: str = "test") -> Iterator[tuple[Scene, Question]]:
-    """`count` questions over the scenes of a split, as many of each kind as of any other.
+def heldout_questions(
+    count: int = 1000, split: str = "test", aspect: str = "square"
+) -> Iterator[tuple[Scene, Question]]:
+    """`count` questions over the scenes of a split and an aspect, as many of each kind as of any other.
 
     Pass a multiple of `len(KINDS)` (8) to have exactly equal shares; a remainder goes to the kinds named first.
     """
@@ -341,7 +361,7 @@ def heldout_questions(count: int = 1000, split: str = "test") -> Iterator[tuple[
     for seed in SPLITS[split]:
         if not any(left.values()):
             return
-        scene = sample_scene(seed)
+        scene = sample_scene(seed, aspect)
         for question in ask_all(scene):
             if left[question.kind]:
                 left[question.kind] -= 1

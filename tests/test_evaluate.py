@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edgevlm.evaluate import Score, blind_answers, score_answers, score_scenes
-from edgevlm.scenes import KINDS, Question, heldout_questions
+from edgevlm.scenes import ASPECTS, KINDS, Question, heldout_questions
 from edgevlm.vlm import VLM, Reply, Timings
 
 
@@ -28,11 +30,12 @@ def test_right_answers_score_everything() -> None:
     assert (score.percent(), score.asked) == (100.0, dict.fromkeys(KINDS, 2))
 
 
-def test_blind_answers_are_better_than_nothing_and_far_from_right() -> None:
-    held = list(heldout_questions(160))
-    blind = list(blind_answers(held, scenes=300))
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_blind_answers_are_better_than_nothing_and_far_from_right(aspect: str) -> None:
+    held = list(heldout_questions(160, aspect=aspect))
+    blind = list(blind_answers(held, scenes=300, aspect=aspect))
     assert [question for question, _ in blind] == [question for _, question in held]
-    assert blind == list(blind_answers(held, scenes=300))
+    assert blind == list(blind_answers(held, scenes=300, aspect=aspect))
     score = score_answers(blind)
     assert 20 < score.percent() < 65
     assert score.percent("caption") < 20

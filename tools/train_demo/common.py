@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,10 +143,31 @@ def draw_range(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     for i in range(count):
         scene = sample_scene(first + i)
         pixels[i] = np.asarray(render_scene(scene, CAMERA).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-        mask = render_mask(scene, SIDE).reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-        area = np.stack([(mask == number).sum(1) for number in range(1, 5)], 1)
-        labels[i] = np.where(area.max(1) >= PATCH * PATCH // 6, area.argmax(1) + 1, 0)
+        labels[i] = patch_labels(render_mask(scene, SIDE), PATCH)
     return pixels, labels
+
+
+def patch_labels(mask: np.ndarray, patch: int) -> np.ndarray:
+    """Which object each patch of a picture shows, row by row: the one with the most pixels in it, if they are a sixth."""
+    rows, columns = mask.shape[0] // patch, mask.shape[1] // patch
+    pixels = mask.reshape(rows, patch, columns, patch).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+    area = np.stack([(pixels == number).sum(1) for number in range(1, 5)], 1)
+    return np.where(area.max(1) >= patch * patch // 6, area.argmax(1) + 1, 0).astype(np.uint8)
+
+
+def describe_objects(scenes: list[Scene]) -> np.ndarray:
+    """`[scenes, 5, 5]`: colour, shape, size (0: none) and centre, from -1 to 1 over the picture. Row 0 is the table."""
+    objects = np.zeros((len(scenes), 5, 5), np.float32)
+    for i, scene in enumerate(scenes):
+        for n, o in enumerate(scene.objects, 1):
+            named = (COLOURS.index(o.colour), SHAPES.index(o.shape), SIZES.index(o.size))
+            objects[i, n] = (*(number + 1 for number in named), *centre(scene, o))
+    return objects
+
+
+def centre(scene: Scene, o: SceneObject) -> tuple[float, float]:
+    """Where an object is, from -1 to 1 over the picture."""
+    return 2 * o.x / scene.width - 1, 2 * o.y / scene.height - 1
 
 
 class Pictures:
@@ -156,13 +178,7 @@ class Pictures:
         self.pixels = np.load(folder / f"{split}-{count}-pixels.npy", mmap_mode="r")
         self.labels = np.load(folder / f"{split}-{count}-labels.npy")
         self.scenes = [sample_scene(self.first + i) for i in range(count)]
-        objects = np.zeros((count, 5, 5), np.float32)  # row 0: the table
-        for i, scene in enumerate(self.scenes):
-            for n, o in enumerate(scene.objects, 1):
-                objects[i, n] = (
-                    COLOURS.index(o.colour) + 1, SHAPES.index(o.shape) + 1, SIZES.index(o.size) + 1, 2 * o.x - 1, 2 * o.y - 1,
-                )  # fmt: skip
-        self.objects = objects
+        self.objects = describe_objects(self.scenes)
 
     @staticmethod
     def draw(folder: Path, split: str, count: int, processes: int) -> None:
@@ -234,15 +250,16 @@ class Pointer(nn.Module):
     one layer later, how far the two are from each other (or, asked for a place, where the object is).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depths: tuple[int, int] = (2, 3)) -> None:
         super().__init__()
+        self.depths = depths
         self.noun = nn.Linear(width, 2)
         self.answer = nn.Linear(width, 2)
 
     def loss(self, states: tuple[Tensor, ...], points: Tensor) -> Tensor:
         """`states`: those behind each layer, the embeddings first."""
         loss = torch.zeros(())
-        for which, (head, depth) in enumerate(((self.noun, 2), (self.answer, 3))):
+        for which, (head, depth) in enumerate(zip((self.noun, self.answer), self.depths, strict=True)):
             chosen = points[points[:, 2] == which]
             guess = head(states[depth][chosen[:, 0].long(), chosen[:, 1].long()])
             loss = loss + (guess - chosen[:, 3:]).abs().mean()
@@ -285,7 +302,7 @@ class Dialogue:
 
     def point(self, scene: Scene, kind: str, text: str, head: list[int]) -> list[tuple[int, int, float, float]]:
         """Where in a question's tokens something is to be pointed at: column, 0 or 1, and the target."""
-        named = [(2 * o.x - 1, 2 * o.y - 1) for o in referents(scene, text)]
+        named = [centre(scene, o) for o in referents(scene, text)]
         columns = [i for i, token in enumerate(head) if token in self.nouns]
         if not named or len(named) != len(columns):
             return []
@@ -393,6 +410,22 @@ def grid_of_sines(width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class Files:
+    """A processor that cannot be built where torchvision is missing: its files are written one by one."""
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+    about: dict[str, Any]  # processor_config.json
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        (folder / "processor_config.json").write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+
+
 class Trainer(ABC):
     """The loop. A model says what it is made of (`build`), what it learns (`stages`, `chosen`, `loss`), how it answers
     (`look`, `read`), and what processor it is published with."""
@@ -439,7 +472,7 @@ class Trainer(ABC):
         """Logits and targets at every labelled place. May leave the decoder's states in `states`, for a `Pointer`."""
 
     @abstractmethod
-    def processor(self) -> ProcessorMixin: ...
+    def processor(self) -> ProcessorMixin | Files: ...
 
     # frozen towers
     def encode(self, pixels: Tensor) -> Tensor:
@@ -480,6 +513,12 @@ class Trainer(ABC):
     def tower(self) -> Any: ...
 
     # data
+    @classmethod
+    def draw_pictures(cls, arguments: argparse.Namespace) -> None:
+        """Draws what the model is trained and validated on into the work folder, where it is not there yet."""
+        for split, count in (("train", arguments.pictures), ("validation", arguments.validation)):
+            Pictures.draw(Path(arguments.work), split, count, arguments.processes)
+
     def draw(self, stage: Stage, step: int, per_row: int = 1) -> tuple[random.Random, np.ndarray]:
         """A step's source of chance, and its pictures."""
         rng = random.Random(f"{self.arguments.seed} {stage.name} {step} {self.rank}")
@@ -494,13 +533,16 @@ class Trainer(ABC):
         fixed = [ask_all(scene) for scene in scenes]
         return self.dialogue.rows(scenes, random.Random(0), 0, False, False, fixed), self.look(self.validation, index)
 
-    @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """Exact match by kind on validation scenes. Teacher-forced: right at every place is what greedy decoding needs."""
+        """Exact match by kind on validation scenes."""
+        return self.grade(self.examine(first, 50) for first in range(0, len(self.validation.scenes), 50))
+
+    @torch.no_grad()
+    def grade(self, examinations: Iterable[tuple[Rows, Tensor]]) -> dict[str, float]:
+        """Exact match by kind. Teacher-forced: right at every place is what greedy decoding needs."""
         self.model.eval()
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-        for first in range(0, len(self.validation.scenes), 50):
-            rows, features = self.examine(first, 50)
+        for rows, features in examinations:
             logits, targets = self.read(rows, features)
             hits = iter((logits.argmax(-1) == targets).tolist())
             where = rows.labels != -100
@@ -604,17 +646,21 @@ class Trainer(ABC):
         staging = output.with_name(output.name + ".part")
         shutil.rmtree(staging, ignore_errors=True)
         self.model.eval()
-        generation = self.model.generation_config
-        generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = 1, self.stops(), 0
-        self.model.half().save_pretrained(staging)
-        self.processor().save_pretrained(staging)
+        self.save(staging)
         shutil.rmtree(output, ignore_errors=True)
         staging.rename(output)
         self.say(f"wrote {output}: {sum(f.stat().st_size for f in output.iterdir()) / 1e6:.1f} MB")
 
+    def save(self, folder: Path) -> None:
+        generation = self.model.generation_config
+        generation.bos_token_id, generation.pad_token_id = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        generation.eos_token_id = self.stops()
+        self.model.half().save_pretrained(folder)
+        self.processor().save_pretrained(folder)
+
     def stops(self) -> int | list[int]:
         """The tokens that end an answer."""
-        return 2
+        return self.dialogue.eos
 
 
 def worker(rank: int, kind: type[Trainer], arguments: argparse.Namespace) -> None:
