@@ -12,16 +12,21 @@ from typing import Any
 from .bundle import MANIFEST, Bundle
 from .errors import InputError, OutputError
 from .evaluate import Score, blind_answers, score_answers, score_scenes
+from .export.checkpoint import ASSETS
 from .export.export import export_bundle
 from .quant.quantize import quantize_bundle
-from .scenes import KINDS, heldout_questions, render_scene, sample_scene
+from .scenes import KINDS, Question, heldout_questions, render_scene, sample_scene
 from .tables import print_report
 from .verify import verify_bundle
 from .vlm import VLM
 
 __all__ = ["MODELS", "run_demo"]
 
-MODELS = ("llava", "blip2", "flamingo")
+#: Shipped models that were taught scenes of every aspect; the others take square ones.
+ANY_ASPECT = ("internvl", "qwen-vl", "qwen2-vl")
+MODELS = tuple(
+    name for name in ("llava", "blip2", "flamingo", *ANY_ASPECT) if (ASSETS / "demo" / name / "config.json").is_file()
+)
 BUNDLES = ("float", "int8", "int4")
 SCENE = 11_000_067
 QUESTIONS = ("How many balls are there?", "Is the red ball left of the yellow star?", "Describe the scene.")
@@ -65,40 +70,54 @@ def run_demo(output: Path, questions: int, console: Any, models: Sequence[str] =
 
     console.print(f"\n[bold]4. Score[/] each on {questions} questions about scenes that no training has seen")
     heldout = list(heldout_questions(questions))
+    stretched = [question for aspect in ("wide", "tall") for question in heldout_questions(questions // 2, aspect=aspect)]
     scores: dict[str, Score] = {"blind": score_answers(blind_answers(heldout))}
+    aspects: dict[str, Score] = {"blind": _blind_aspects(questions // 2)}
     few_shot: dict[int, Score] = {}
     with Progress(console=console, transient=True) as bars:
 
-        def score(folder: Path, title: str, shots: int = 0) -> Score:
-            task = bars.add_task(title, total=len(heldout))
-            return score_scenes(VLM.load(folder), heldout, shots=shots, step=lambda: bars.advance(task))
+        def score(folder: Path, title: str, shots: int = 0, asked: Any = heldout) -> Score:
+            task = bars.add_task(title, total=len(asked))
+            return score_scenes(VLM.load(folder), asked, shots=shots, step=lambda: bars.advance(task))
 
         for (name, kind), folder in folders.items():
             scores[f"{name} {kind}"] = score(folder, f"{name} {kind}")
+            if name in ANY_ASPECT:
+                aspects[f"{name} {kind}"] = score(folder, f"{name} {kind}, wide and tall", asked=stretched)
         if "flamingo" in models:
             few_shot[0] = scores["flamingo float"]
             for shots in SHOTS[1:]:
                 few_shot[shots] = score(folders["flamingo", "float"], f"flamingo, {shots} shots", shots)
-    console.print(_score_table(scores, Table))
+    console.print(_score_table("square scenes, %", scores, Table))
+    if len(aspects) > 1:
+        console.print(f"\n   {len(stretched)} questions about wide and tall scenes, 1.5 to 3 times as long as broad")
+        console.print(_score_table("wide and tall, %", aspects, Table))
     if few_shot:
         shown = ", ".join(f"{shots} shots {result.percent():.1f} %" for shots, result in few_shot.items())
         console.print(f"   Flamingo, float, with examples before the question: {shown}")
 
-    console.print("\n[bold]5. Size and speed[/] on this machine (medians; the machine may be busy with other things)")
+    console.print("\n[bold]5. Side by side[/] on this machine (medians; the machine may be busy with other things)")
     speeds = measure_speed({f"{name} {kind}": folder for (name, kind), folder in folders.items()})
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "weights MB", "exact match", "vision ms", "prefill ms", "first token ms", "tokens/s"):
+    columns = ("", "visual tokens", "weights MB", "exact match", "wide, tall", "vision ms", "prefill ms", "first token ms")
+    for column in (*columns, "tokens/s"):
         table.add_column(column, justify="right" if column else "left")
     for (name, kind), folder in folders.items():
         size = sum(part.size for part in Bundle.open(folder, check_files=False).manifest.parts.values()) / 1e6
-        s = speeds[f"{name} {kind}"]
+        s, title = speeds[f"{name} {kind}"], f"{name} {kind}"
+        stretch = f"{aspects[title].percent():.1f} %" if title in aspects else "–"
         table.add_row(
-            f"{name} {kind}", f"{size:.2f}", f"{scores[f'{name} {kind}'].percent():.1f} %", f"{s['vision']:.1f}",
-            f"{s['prefill']:.1f}", f"{s['first_token']:.1f}", f"{s['tokens_per_second']:.0f}",
+            title, f"{s['visual_tokens']:.0f}", f"{size:.2f}", f"{scores[title].percent():.1f} %", stretch,
+            f"{s['vision']:.1f}", f"{s['prefill']:.1f}", f"{s['first_token']:.1f}", f"{s['tokens_per_second']:.0f}",
         )  # fmt: skip
     console.print(table)
+
+    def percent(found: dict[str, Score]) -> dict[str, dict[str, float]]:
+        return {name: {k: score.percent(k) for k in KINDS} | {"all": score.percent()} for name, score in found.items()}
+
     summary = {
-        "scores": {name: {k: score.percent(k) for k in KINDS} | {"all": score.percent()} for name, score in scores.items()},
+        "scores": percent(scores),
+        "wide_and_tall": percent(aspects),
         "few_shot": {str(shots): result.percent() for shots, result in few_shot.items()},
         "speed": speeds,
         "parity": {name: report.to_dict() for name, report in reports.items()},
@@ -117,19 +136,27 @@ def _clear(output: Path, models: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _score_table(scores: dict[str, Score], table_class: Any) -> Any:
+def _blind_aspects(questions: int) -> Score:
+    """What a model without eyes would reach on wide and tall scenes, half of each."""
+    pairs: list[tuple[Question, str]] = []
+    for aspect in ("wide", "tall"):
+        pairs += blind_answers(heldout_questions(questions, aspect=aspect), aspect=aspect)
+    return score_answers(pairs)
+
+
+def _score_table(title: str, scores: dict[str, Score], table_class: Any) -> Any:
     table = table_class(box=None, pad_edge=False, header_style="bold")
-    table.add_column("exact match %")
-    for name in scores:
-        table.add_column(name, justify="right")
-    for kind in KINDS:
-        table.add_row(kind, *(f"{score.percent(kind):.1f}" for score in scores.values()))
-    table.add_row("[bold]all", *(f"[bold]{score.percent():.1f}" for score in scores.values()))
+    table.add_column(title)
+    for kind in (*KINDS, "all"):
+        table.add_column(kind, justify="right")
+    for name, score in scores.items():
+        table.add_row(name, *(f"{score.percent(kind):.1f}" for kind in KINDS), f"[bold]{score.percent():.1f}")
     return table
 
 
 def measure_speed(folders: dict[str, Path], rounds: int = 12) -> dict[str, dict[str, float]]:
     """Medians over new pictures, the bundles in turn; each has answered about another picture before."""
+    names = ("vision", "prefill", "first_token", "tokens_per_second")
     models = {kind: VLM.load(folder) for kind, folder in folders.items()}
     taken: dict[str, list[Any]] = {kind: [] for kind in models}
     for number in range(rounds + 1):
@@ -137,6 +164,9 @@ def measure_speed(folders: dict[str, Path], rounds: int = 12) -> dict[str, dict[
         for kind, vlm in models.items():
             reply = vlm.generate("Describe the scene.", images=[picture])
             if number:
-                taken[kind].append(reply.timings)
-    names = ("vision", "prefill", "first_token", "tokens_per_second")
-    return {kind: {name: statistics.median(getattr(t, name) for t in times) for name in names} for kind, times in taken.items()}
+                times = {name: getattr(reply.timings, name) for name in names}
+                taken[kind].append(times | {"visual_tokens": sum(seen.tokens for seen in reply.pictures)})
+    return {
+        kind: {name: statistics.median(times[name] for times in every) for name in (*names, "visual_tokens")}
+        for kind, every in taken.items()
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["StoredTensor", "WeightEntry", "column_blocks", "read_safetensors_index", "row_blocks"]
+__all__ = ["StoredTensor", "StreamedTensor", "WeightEntry", "column_blocks", "read_safetensors_index", "row_blocks"]
 
 #: Bytes of float32 that one block of a weight may take while it is cast, transposed or quantized.
 BLOCK_BYTES = 32 << 20
@@ -86,35 +86,25 @@ def read_safetensors_index(path: Path) -> dict[str, WeightEntry]:
     }
 
 
-class StoredTensor(ir.TensorProtocol):
-    """A weight of a checkpoint as an onnx_ir tensor of another dtype, transposed if asked (two dimensions only)."""
+class _BlockTensor(ir.TensorProtocol):
+    """A tensor whose rows are made when they are written, some at a time."""
 
-    def __init__(self, entry: WeightEntry, dtype: ir.DataType, name: str, *, transposed: bool = False) -> None:
-        self.entry, self.dtype, self.name, self.transposed = entry, dtype, name, transposed
-        self.shape = ir.Shape(entry.shape[::-1] if transposed else entry.shape)
+    def __init__(self, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> None:
+        self.dtype, self.shape, self.name = dtype, ir.Shape(shape), name
         self.doc_string: str | None = None
         self.metadata_props: dict[str, str] = {}
         self.meta: dict[str, Any] = {}
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.entry.shape, dtype=np.int64))
+        return math.prod(self.shape.numpy())
 
     @property
     def nbytes(self) -> int:
         return int(self.size * self.dtype.itemsize)
 
-    @property
-    def raw(self) -> WeightEntry:
-        return self.entry
-
-    def stored(self) -> np.ndarray:
-        """The memory-mapped tensor in its own dtype, transposed as a view."""
-        array = self.entry.map()
-        return array.T if self.transposed else array
-
     def numpy(self) -> np.ndarray:
-        return np.ascontiguousarray(self.stored(), self.dtype.numpy())
+        raise NotImplementedError
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
@@ -128,6 +118,47 @@ class StoredTensor(ir.TensorProtocol):
 
     def tobytes(self) -> bytes:
         return self.numpy().tobytes()
+
+
+class StreamedTensor(_BlockTensor):
+    """A tensor whose rows `blocks` makes, anew each time it is called."""
+
+    def __init__(
+        self, blocks: Callable[[], Iterator[np.ndarray]], dtype: ir.DataType, shape: tuple[int, ...], name: str
+    ) -> None:
+        super().__init__(dtype, shape, name)
+        self._blocks = blocks
+
+    @property
+    def raw(self) -> Callable[[], Iterator[np.ndarray]]:
+        return self._blocks
+
+    def numpy(self) -> np.ndarray:
+        return np.concatenate([np.empty((0, *self.shape.numpy()[1:]), self.dtype.numpy()), *self._blocks()])
+
+    def tofile(self, file: Any) -> None:
+        for block in self._blocks():
+            file.write(np.ascontiguousarray(block).data)
+
+
+class StoredTensor(_BlockTensor):
+    """A weight of a checkpoint as an onnx_ir tensor of another dtype, transposed if asked (two dimensions only)."""
+
+    def __init__(self, entry: WeightEntry, dtype: ir.DataType, name: str, *, transposed: bool = False) -> None:
+        super().__init__(dtype, entry.shape[::-1] if transposed else entry.shape, name)
+        self.entry, self.transposed = entry, transposed
+
+    @property
+    def raw(self) -> WeightEntry:
+        return self.entry
+
+    def stored(self) -> np.ndarray:
+        """The memory-mapped tensor in its own dtype, transposed as a view."""
+        array = self.entry.map()
+        return array.T if self.transposed else array
+
+    def numpy(self) -> np.ndarray:
+        return np.ascontiguousarray(self.stored(), self.dtype.numpy())
 
     def tofile(self, file: Any) -> None:
         """Writes block by block, so that the whole is never in memory."""

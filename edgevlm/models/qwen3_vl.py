@@ -121,7 +121,7 @@ def _modules() -> tuple[type[Any], ...]:
 
         def hidden_states(self, inputs_embeds: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
             model: Any = self.language_model
-            rows, *deep = inputs_embeds.split(model.config.hidden_size, -1)
+            rows, *deep = torch.split(inputs_embeds, model.config.hidden_size, -1)
             # transformers picks the pictures' rows with a mask of bools, whose count a graph cannot know; zeros do the same.
             model._deepstack_process = lambda hidden, _, features: hidden + features
             model.rotary_emb.recomposition_frequencies = _interleave(model.rotary_emb)

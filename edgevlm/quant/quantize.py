@@ -15,6 +15,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,7 @@ import onnx_ir as ir
 from ..bundle import Bundle, Part, check_output, publish_bundle, seal
 from ..errors import RecipeError
 from ..graphs import Progress, load_graph, part_record, save_graph
+from ..tensors import StreamedTensor
 from . import rtn
 from .recipe import Recipe, Rule, load_recipe
 
@@ -150,24 +152,26 @@ def _quantize_gather(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
 class _Quantized:
     """A weight and its scales, computed together when the first of them is written, and kept until both were."""
 
-    def __init__(self, compute: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, compute: Callable[[], tuple[Any, np.ndarray]]) -> None:
         self._compute = compute
-        self._pair: dict[str, np.ndarray] = {}
+        self._pair: dict[str, Any] = {}
 
-    def _take(self, which: str) -> np.ndarray:
+    def _take(self, which: str) -> Any:
         if which not in self._pair:
             self._pair = dict(zip(("weight", "scales"), self._compute(), strict=True))
         return self._pair.pop(which)
 
-    def weight(self) -> np.ndarray:
+    def weight(self) -> Any:
+        """An array, or what makes its rows in blocks."""
         return self._take("weight")
 
     def scales(self) -> np.ndarray:
-        return self._take("scales")
+        array: np.ndarray = self._take("scales")
+        return array
 
 
 def _initializer(
-    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], Any]
 ) -> ir.Value:
     def tensor() -> ir.TensorProtocol:
         array = compute()
@@ -175,7 +179,11 @@ def _initializer(
             return ir.PackedTensor(array, dtype, shape=ir.Shape(shape), name=name)
         return ir.Tensor(array, dtype=dtype, name=name)
 
-    lazy = ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
+    lazy: ir.TensorProtocol
+    if dtype == ir.DataType.INT8:
+        lazy = StreamedTensor(lambda: compute()(), dtype, shape, name)
+    else:
+        lazy = ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy)
     graph.register_initializer(value)
     return value

@@ -11,6 +11,8 @@ weight in blocks of columns, so that memory does not grow with the model, and th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +20,9 @@ import onnx_ir as ir
 from ..tensors import column_blocks, row_blocks
 
 __all__ = ["quantize_int4", "quantize_int8", "quantize_int8_rows"]
+
+#: Makes the rows of a quantized weight, some at a time.
+Blocks = Callable[[], Iterator[np.ndarray]]
 
 #: Bytes of packed INT4 that are made in one go.
 _PACKED_AT_ONCE = 4 << 20
@@ -47,26 +52,33 @@ def _round(block: np.ndarray, inverse: np.ndarray, low: int, high: int) -> np.nd
     return np.clip(block, low, high, out=block)
 
 
-def quantize_int8(weight: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
-    """`[K, N]` → int8 `[K, N]`, scales `[N]`."""
-    inner, outer = _dims(weight)
-    quantized = np.empty((inner, outer), np.int8)
-    scales = np.empty(outer, scale_dtype)
+def quantize_int8(weight: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[Blocks, np.ndarray]:
+    """`[K, N]` → int8 `[K, N]` in blocks of rows, scales `[N]`. The weight is read twice, and never held: the output layer of a
+    large vocabulary would be the largest thing in memory."""
+    outer = _dims(weight)[1]
+    scales, inverse = np.empty(outer, scale_dtype), np.empty(outer, np.float32)
     for part, block in column_blocks(weight):
-        scales[part], inverse = _scales(np.maximum(block.max(0), -block.min(0)), 127, scale_dtype)
-        quantized[:, part] = _round(block, inverse, -127, 127)
-    return quantized, scales
+        scales[part], inverse[part] = _scales(np.maximum(block.max(0), -block.min(0)), 127, scale_dtype)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for _, block in row_blocks(weight):
+            yield _round(block, inverse, -127, 127).astype(np.int8)
+
+    return blocks, scales
 
 
-def quantize_int8_rows(table: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[np.ndarray, np.ndarray]:
-    """An embedding table `[V, H]` → int8 `[V, H]`, scales `[V, 1]`."""
-    rows, width = _dims(table)
-    quantized = np.empty((rows, width), np.int8)
-    scales = np.empty((rows, 1), scale_dtype)
+def quantize_int8_rows(table: ir.TensorProtocol, scale_dtype: np.dtype[np.generic]) -> tuple[Blocks, np.ndarray]:
+    """An embedding table `[V, H]` → int8 `[V, H]` in blocks of rows, scales `[V, 1]`."""
+    rows = _dims(table)[0]
+    scales, inverse = np.empty((rows, 1), scale_dtype), np.empty((rows, 1), np.float32)
     for part, block in row_blocks(table):
-        scales[part, 0], inverse = _scales(np.maximum(block.max(1), -block.min(1)), 127, scale_dtype)
-        quantized[part] = _round(block, inverse[:, None], -127, 127)
-    return quantized, scales
+        scales[part, 0], inverse[part, 0] = _scales(np.maximum(block.max(1), -block.min(1)), 127, scale_dtype)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for part, block in row_blocks(table):
+            yield _round(block, inverse[part], -127, 127).astype(np.int8)
+
+    return blocks, scales
 
 
 def quantize_int4(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,23 @@ import onnxruntime as ort
 
 from edgevlm import tensors
 from edgevlm.graphs import save_graph
+from edgevlm.quant import rtn
 from edgevlm.quant.quantize import quantize_graph
 from edgevlm.quant.recipe import Recipe, Rule
-from edgevlm.quant.rtn import pack_int4, quantize_int4, quantize_int8, quantize_int8_rows, unpack_int4
+from edgevlm.quant.rtn import pack_int4, quantize_int4, unpack_int4
 
 SHAPES = [(64, 8), (33, 5), (100, 7), (1, 9), (9, 1), (7, 5), (16, 3), (31, 31), (130, 64)]
 DTYPES = [np.float32, np.float16]
+
+
+def quantize_int8(weight: Any, scale_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    blocks, scales = rtn.quantize_int8(weight, scale_dtype)
+    return np.concatenate(list(blocks())), scales
+
+
+def quantize_int8_rows(table: Any, scale_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    blocks, scales = rtn.quantize_int8_rows(table, scale_dtype)
+    return np.concatenate(list(blocks())), scales
 
 
 def weights(shape: tuple[int, int], dtype: type = np.float32, seed: int = 0) -> np.ndarray:
