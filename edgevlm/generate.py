@@ -80,8 +80,8 @@ class Decoder:
         """Writes rows `[B, S, hidden]` at positions `start[b]`… and returns the logits `[B, vocabulary]` of row `last[b]`.
 
         `visible`, bool `[B, S, cross_length]`, says what each row sees through cross-attention; `turns`, int64 `[3, B, S]`,
-        by what positions the rotary embedding turns it, for models where that is another number. Rows behind `last[b]` are padding:
-        they are overwritten before anything looks at them.
+        by what positions the rotary embedding turns it, for models where that is another number. Rows behind `last[b]` are
+        padding: they are overwritten before anything looks at them.
         """
         length = embeds.shape[1]
         self._reserve(int(start.max()) + length)
