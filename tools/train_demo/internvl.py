@@ -128,7 +128,7 @@ class InternVL(Trainer):
     aspects = ("wide", "tall")
     stages = (
         Stage("vision", 950, 64, 1.2e-3, scored=False),
-        Stage("tune", 1200, 32, 1e-3),
+        Stage("tune", 700, 32, 1e-3),
     )
     dialogue: Conversation
     heads: Throwaway

@@ -165,7 +165,7 @@ class Qwen2VL(Trainer):
     aspects = ("square", "wide", "tall")
     stages = (
         Stage("vision", 700, 64, 1.5e-3, scored=False),
-        Stage("tune", 1600, 32, 1.2e-3),
+        Stage("tune", 1200, 32, 1.2e-3),
     )
     dialogue: Conversation
     heads: Throwaway
