@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import EdgeVLMError, MissingDependencyError
-from .tables import make_console, print_parts, print_report
+from .errors import EdgeVLMError, InputError, MissingDependencyError
+from .tables import describe_box, describe_picture, describe_seen, make_console, print_parts, print_report
 
 __all__ = ["build_parser", "main"]
 
@@ -103,17 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--model",
         required=True,
-        help="alias (llava, blip2, flamingo, internvl), Hub id, local folder, or shipped model (demo/llava)",
+        help="alias (llava, blip2, flamingo, internvl, qwen-vl), Hub id, local folder, or shipped model (demo/llava)",
     )
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
     sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
-    sub = command("convert", _convert, "Turn published OpenFlamingo weights into a checkpoint that export takes.")
-    sub.add_argument("--weights", required=True, type=Path, help="the published state dict: checkpoint.pt, or safetensors")
-    sub.add_argument("--vision", required=True, metavar="MODEL", help="folder or Hub id of the CLIP tower it was trained on")
-    sub.add_argument("--language", required=True, metavar="MODEL", help="folder or Hub id of the language model, Llama or MPT")
+    sub = command("convert", _convert, "Turn pickled weights, as they are published, into a checkpoint that export takes.")
+    sub.add_argument("--model", help="a checkpoint with pickled weights (Qwen-VL's are): alias, Hub id or folder")
+    sub.add_argument("--weights", type=Path, help="OpenFlamingo's published state dict: checkpoint.pt, or safetensors")
+    sub.add_argument("--vision", metavar="MODEL", help="folder or Hub id of the CLIP tower that these were trained on")
+    sub.add_argument("--language", metavar="MODEL", help="folder or Hub id of their language model, Llama or MPT")
     sub.add_argument("--output", required=True, type=Path, help="the new checkpoint's folder")
     sub.add_argument(
         "--cross-attn-every-n-layers", type=int, metavar="N", help="compared with what follows from the weights, if given"
@@ -138,14 +139,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--image", action="append", default=[], type=Path, metavar="PATH", help="a picture; may be given several times"
     )
+    sub.add_argument(
+        "--video", action="append", default=[], type=Path, metavar="PATH",
+        help="a film, for models that take one: a folder of frames, or a file with several (GIF, WebP)",
+    )  # fmt: skip
+    sub.add_argument("--fps", type=float, default=2.0, metavar="N", help="frames a second of the films (default: 2)")
     sub.add_argument("--prompt", required=True, help="the question")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     sub.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; greedy without")
     sub.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach P together")
     sub.add_argument("--seed", type=int, metavar="S", help="seed of the sampling")
     sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
-    sub.add_argument("--max-tiles", type=int, metavar="N", help="most tiles that a picture is cut into (InternVL)")
-    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take (InternVL)")
+    sub.add_argument("--max-tiles", type=int, metavar="N", help="most tiles that a picture is cut into")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture or film may take")
     sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of the stream")
@@ -159,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "Export, quantize, verify and score the shipped models.")
     sub.add_argument(
-        "--model", action="append", metavar="NAME", help="llava, blip2 or flamingo; may be given several times (default: all)"
+        "--model", action="append", metavar="NAME", help="a shipped model, as llava; may be given several times (default: all)"
     )
     sub.add_argument("--output", type=Path, default=Path("build/demo"), help="where the bundles go (default: build/demo)")
     sub.add_argument("--questions", type=int, default=1000, help="held-out questions to score on (default: 1000)")
@@ -182,14 +188,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    flamingo = {name: getattr(arguments, name) for name in ("weights", "vision", "language")}
+    if bool(arguments.model) == any(flamingo.values()) or any(flamingo.values()) != all(flamingo.values()):
+        raise InputError("give either --model, or --weights, --vision and --language (OpenFlamingo)")
     with _extra("export"):
-        from .export.convert import convert_open_flamingo
+        from .export.convert import convert_checkpoint
+        from .export.convert_open_flamingo import convert_open_flamingo
     with _progress() as (stage, step):
-        folder = convert_open_flamingo(
-            arguments.weights, arguments.vision, arguments.language, arguments.output,
-            cross_attn_every_n_layers=arguments.cross_attn_every_n_layers,
-            vision_post_layernorm=arguments.vision_post_layernorm, progress=step, stage=stage,
-        )  # fmt: skip
+        if arguments.model:
+            folder = convert_checkpoint(arguments.model, arguments.output, progress=step, stage=stage)
+        else:
+            folder = convert_open_flamingo(
+                **flamingo, output=arguments.output, cross_attn_every_n_layers=arguments.cross_attn_every_n_layers,
+                vision_post_layernorm=arguments.vision_post_layernorm, progress=step, stage=stage,
+            )  # fmt: skip
     print(f"{folder} is ready: edgevlm export --model {folder} --output …")
     return 0
 
@@ -219,12 +231,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from .generate import Sampling
-    from .images import load_image
+    from .images import load_frames, load_image
+    from .prompt import Video
     from .vlm import VLM
 
     # A large model takes a while to load; what is wrong with the request is said before.
     Sampling(arguments.temperature, arguments.top_p, None, arguments.seed, arguments.max_new_tokens)
-    pictures = [load_image(path) for path in arguments.image]
+    pictures: list[object] = [load_image(path) for path in arguments.image]
+    pictures += [Video(load_frames(path), arguments.fps) for path in arguments.video]
     vlm = VLM.load(
         arguments.bundle, capacity=arguments.capacity, backend=arguments.backend, threads=arguments.threads,
         max_tiles=arguments.max_tiles, visual_tokens=arguments.visual_tokens,
@@ -242,8 +256,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         speed = {"tokens_per_second": timings.tokens_per_second}
         backends = {part: dataclasses.asdict(choice) for part, choice in vlm.backends.items()}
-        print(json.dumps(dataclasses.asdict(reply) | speed | {"backends": backends}, indent=2, ensure_ascii=False))
+        more = speed | {"boxes": [dataclasses.asdict(box) for box in reply.boxes], "backends": backends}
+        print(json.dumps(dataclasses.asdict(reply) | more, indent=2, ensure_ascii=False))
         return 0
+    for box in reply.boxes:
+        print(f"picture {box.image + 1}: {describe_box(box)}", file=sys.stderr)
+    for number, seen in enumerate(reply.pictures, 1):
+        print(f"picture {number}: {describe_seen(seen)}", file=sys.stderr)
     used: dict[str, list[str]] = {}
     for part, choice in vlm.backends.items():
         used.setdefault(choice.backend, []).append(part)
@@ -285,7 +304,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "context length": f"{manifest.context_length:,} tokens",
         "KV cache": f"{manifest.kv_cache.bytes_per_token() / 1e3:,.1f} kB a token ({manifest.kv_cache.layers} layers, "
         f"{manifest.kv_cache.heads} heads of {manifest.kv_cache.head_dim}, {manifest.kv_cache.dtype})",
-        "picture": f"{manifest.image.places} tokens ({manifest.image.token or 'in front of the text'})",
+        "picture": describe_picture(manifest),
+        **(
+            {"film": f"as pictures, {manifest.patches.temporal} frames a layer ({manifest.video.token})"}
+            if manifest.video and manifest.patches
+            else {}
+        ),
         **({"cross-attention": cross_text} if cross_text else {}),
         "files": f"{len(manifest.files)}, {sum(f.size for f in manifest.files.values()) / 1e6:,.1f} MB",
         **{f"made with {k}" if k not in ("checkpoint", "architecture") else k: v for k, v in manifest.provenance.items()},

@@ -17,6 +17,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import numbers
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +81,7 @@ class Video:
             raise PromptError(f"the frames of a video are {_shown(self.frames)}; expected a list of pictures")
         if not len(self.frames):
             raise PromptError("the video has no frame; give one picture at least")
-        if isinstance(self.fps, bool) or not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
+        if isinstance(self.fps, bool) or not isinstance(self.fps, numbers.Real) or not 0 < self.fps < float("inf"):
             raise PromptError(f"the video's fps is {self.fps!r}; expected a number above 0, the frames a second")
 
 
@@ -603,7 +604,7 @@ class PromptBuilder:
         out: list[int] = []
         places: list[tuple[int, int]] = []
         grids: list[tuple[int, int, int]] = []
-        rates = tuple(picture.fps if isinstance(picture, Video) else None for picture in pictures)
+        rates = tuple(float(picture.fps) if isinstance(picture, Video) else None for picture in pictures)
         for token in ids:
             if token not in wanted:
                 out.append(token)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from .bundle import Bundle, Manifest
 
 if TYPE_CHECKING:
+    from .boxes import Box
     from .vlm import Seen
 
-__all__ = ["describe_picture", "describe_seen", "make_console", "print_parts", "print_report"]
+__all__ = ["describe_box", "describe_picture", "describe_seen", "make_console", "print_parts", "print_report"]
 
 
 def make_console(stderr: bool = False) -> Any:
@@ -32,6 +33,11 @@ def describe_seen(seen: Seen) -> str:
         change = f"resized to {seen.shown_width} x {seen.shown_height}"
     limit = ", over the pixel limit" if seen.limited else ""
     return f"{frames}{seen.width} x {seen.height}{limit}, {change}: {seen.tokens:,} tokens"
+
+
+def describe_box(box: Box) -> str:
+    """What an answer points at, in a line."""
+    return f"{box.label or 'box'} from ({box.x1:.0f}, {box.y1:.0f}) to ({box.x2:.0f}, {box.y2:.0f})"
 
 
 def describe_picture(manifest: Manifest) -> str:

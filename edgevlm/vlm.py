@@ -102,8 +102,10 @@ class Reply:
 
     @property
     def boxes(self) -> tuple[Box, ...]:
-        """What the answer points at, in pixels of the pictures as they were given (Qwen-VL's `<box>` and `<quad>`). `text` keeps
-        their marks: a later turn of the chat needs them."""
+        """What the answer points at, in pixels of the pictures as they were given (Qwen-VL's `<box>` and `<quad>`).
+
+        `text` keeps their marks: a later turn of the chat needs them.
+        """
         return read_boxes(self.text, [(picture.width, picture.height) for picture in self.pictures])
 
 
@@ -180,8 +182,9 @@ class _Feed:
     turns: np.ndarray | None = None
 
     def turn(self, number: int) -> np.ndarray | None:
-        """The rotary position `[3]` of token `number` of the answer: all three go on behind the largest there was."""
-        return None if self.turns is None else np.repeat(self.turns.max() + 1 + number, 3)
+        """The rotary position `[3]` of token `number` of the answer: each goes on behind the prompt's last one, as `generate`
+        of transformers has it (a film's time may be further)."""
+        return None if self.turns is None else self.turns[:, -1] + 1 + number
 
 
 class VLM:
@@ -258,7 +261,9 @@ class VLM:
             )
         processor = ImageProcessor.from_config({**_preprocessor_config(opened.folder), **manifest.image_options})
         processor = processor.limit(places=manifest.image.places, max_tiles=max_tiles, visual_tokens=visual_tokens)
+        _check_places(opened, processor)
         film = ImageProcessor.from_config(_film_config(opened.folder)) if manifest.video else None
+        _check_places(opened, film)
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
         for name, part in manifest.parts.items():
@@ -494,10 +499,10 @@ class VLM:
             return self._rows(prompt, features, first, end)  # type: ignore[arg-type]
 
         if prompt.positions is not None:
-            # Equal tokens behind equal ones may still be turned differently: an answer counts on, a prompt counts anew.
+            # Equal tokens behind equal ones may still be turned differently, as behind the same film at another speed.
             keys = list(zip(keys, *prompt.positions.tolist(), strict=True))
-            last = int(prompt.positions.max()) + 1
-            return _Feed(keys, rows, lambda token, n: (token, last + n, last + n, last + n), turns=prompt.positions)
+            last = prompt.positions[:, -1].tolist()
+            return _Feed(keys, rows, lambda token, n: (token, *(p + 1 + n for p in last)), turns=prompt.positions)
         if not cross:
             return _Feed(keys, rows, lambda token, _: token)
         start_id = self.bundle.manifest.decoder_start_id
@@ -587,6 +592,19 @@ def _film_config(folder: Path) -> dict[str, Any]:
     )
     found = found or {k: v for k, v in _preprocessor_config(folder).items() if k != "image_processor_type"}
     return {**found, "image_processor_type": found.get("video_processor_type", "Qwen2VLVideoProcessor")}
+
+
+def _check_places(bundle: Bundle, processor: ImageProcessor | None) -> None:
+    """Raises ManifestError where the processor does not resize to whole places of the model's size."""
+    patches = bundle.manifest.patches
+    resize = processor.resize if processor else None
+    if patches and processor and not (isinstance(resize, PixelRange) and resize.factor == patches.size * patches.merge):
+        found = f"multiples of {resize.factor} pixels" if isinstance(resize, PixelRange) else "another kind of size"
+        raise ManifestError(
+            f"The image processor of {bundle.folder} resizes to {found}; a place of this model is {patches.size} x "
+            f"{patches.merge} pixels wide (patch_size x merge_size). Save the processor that belongs to the checkpoint into "
+            "its folder, and export it again."
+        )
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

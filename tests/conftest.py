@@ -29,6 +29,7 @@ from tiny import (
 )
 from tiny_internvl_chat import INTERNVL_CHATS, TinyInternVLChat
 from tiny_qwen2_vl import QWEN2_VLS, TinyQwen2VL
+from tiny_qwen_vl import QWEN_VLS, TinyQwenVL
 
 # Before anything imports them: no network, no progress bars, no advice.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,7 +42,7 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 class Tiny:
     """One tiny model under `folder`; what is asked for is made on first use."""
 
-    tiny: TinyLlava | TinyBlip2 | TinyFlamingo | TinyInternVL | TinyInternVLChat | TinyQwen2VL
+    tiny: TinyLlava | TinyBlip2 | TinyFlamingo | TinyInternVL | TinyInternVLChat | TinyQwen2VL | TinyQwenVL
     folder: Path
 
     @property
@@ -62,7 +63,7 @@ class Tiny:
             return make_blip2(folder, self.tiny)
         if isinstance(self.tiny, TinyInternVL):
             return make_internvl(folder, self.tiny)
-        if isinstance(self.tiny, (TinyInternVLChat, TinyQwen2VL)):
+        if isinstance(self.tiny, (TinyInternVLChat, TinyQwen2VL, TinyQwenVL)):
             return self.tiny.make(folder)
         return make_flamingo(folder, self.tiny)
 
@@ -105,7 +106,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     """The tiny model of a name in the lists of `tiny`, of any family."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    every = [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS, *INTERNVLS, *INTERNVL_CHATS, *QWEN2_VLS]
+    every = [*LLAVAS, *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS, *INTERNVLS, *INTERNVL_CHATS, *QWEN2_VLS, *QWEN_VLS]
     known = {one.name: Tiny(one, shared / "tiny" / one.name) for one in every}
     assert len(known) == len(every)
     return known.__getitem__

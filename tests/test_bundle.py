@@ -27,6 +27,7 @@ from edgevlm.bundle import (
     KVCache,
     Manifest,
     Part,
+    PatchGrid,
     TensorInfo,
     check_output,
     publish_bundle,
@@ -76,7 +77,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_round_trip(small: Path) -> None:
     assert Manifest.from_json(BARE.to_json()) == BARE
     cross = CrossAttention(2, 4, 16, "float32", "images", 64)
-    whole = replace(BARE, cross_attention=cross, decoder_start_id=0, instruction_length=512)
+    whole = replace(
+        BARE, cross_attention=cross, decoder_start_id=0, instruction_length=512, image_options={"crop_to_patches": True},
+        video=ImageTokens("<video>", 5, 0, (1, 2), (3,)), patches=PatchGrid(14, 2, 2, 4, 2.0),
+    )  # fmt: skip
     assert Manifest.from_json(whole.to_json()) == whole
     manifest = Bundle.open(small).manifest
     assert replace(manifest, files={}) == BARE
@@ -128,6 +132,9 @@ def test_other_schemas(small: Path, version: int, remedy: str) -> None:
         (lambda m: m.update(cross_attention={"layers": 2}), "cross_attention is .*expected CrossAttention or NoneType"),
         (lambda m: m.update(decoder_start_id="0"), "decoder_start_id is '0'; expected int or NoneType"),
         (lambda m: m.update(instruction_length=True), "instruction_length is True; expected int or NoneType"),
+        (lambda m: m.update(patches={"size": 14, "temporal": 2}), "patches is .*expected PatchGrid or NoneType"),
+        (lambda m: m.update(patches={"size": 14.0, "temporal": 2, "merge": 2}), "patches is .*expected PatchGrid or NoneType"),
+        (lambda m: m.update(video="<video>"), "video is '<video>'; expected ImageTokens or NoneType"),
         (lambda m: m["parts"]["decoder"].update(colour="red"), "parts: decoder has unknown colour"),
         (lambda m: m.update(hidden_size="32"), "hidden_size is '32'; expected int"),
         (lambda m: m.update(hidden_size=True), "hidden_size is True; expected int"),

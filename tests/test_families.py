@@ -19,6 +19,8 @@ import pytest
 from asking import load, logits_of, picture
 from conftest import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, LLAVAS, TinyBlip2, TinyFlamingo, TinyInstructBlip, TinyLlava, load_tiny
+from tiny_qwen2_vl import QWEN2_VLS, TinyQwen2VL
+from tiny_qwen_vl import QWEN_VLS, TinyQwenVL
 
 pytest.importorskip("torch")
 import onnx
@@ -31,12 +33,17 @@ from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.verify import TOKENS, verify_bundle
 
 #: Of LLaVA one: its own tests try all of it.
-EVERY = {tiny.name: tiny for tiny in [LLAVAS[0], *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS]}
+EVERY = {tiny.name: tiny for tiny in [LLAVAS[0], *BLIP2S, *INSTRUCTBLIPS, *FLAMINGOS, *QWEN_VLS, *QWEN2_VLS]}
 #: What makes a difference to bytes and to half precision.
-MECHANISMS = ("blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third")
-#: OPT with narrow embeddings; T5 with a tied, scaled head; an instruction; gates every second layer; no resampler.
+MECHANISMS = (
+    "blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third", "qwen-vl",
+    "qwen2.5-vl-windows",
+)  # fmt: skip
+#: OPT with narrow embeddings; T5 with a tied, scaled head; an instruction; gates every second layer; no resampler; modules
+#: that transformers has not; windows of attention and positions in three directions.
 ALWAYS = (
     "clip-llama", "blip2-opt-350m", "blip2-t5-tied", "instructblip-llama", "flamingo-every-second", "flamingo-every-third",
+    "qwen-vl", "qwen2.5-vl-windows",
 )  # fmt: skip
 A, B = picture(1), picture(2, 30, 64)
 
@@ -69,6 +76,8 @@ def cases_of(tiny: Any) -> set[str]:
     cases = {"one picture", "wide picture", "short prompt", "batch of 2: wide picture"}
     if isinstance(tiny, TinyBlip2):
         return cases
+    if isinstance(tiny, TinyQwen2VL):
+        cases |= {"tiny picture"} | ({"video", "video and picture"} if tiny.generation < 3 else set())
     return cases | {"two pictures", "no picture", "interleaved", "batch of 2: no picture"}
 
 
@@ -103,7 +112,11 @@ ASKED: dict[str, list[Any]] = {
 }
 
 
-@configurations(*MECHANISMS, of=[name for name in EVERY if name != LLAVAS[0].name])  # tests/test_vlm.py compares more of LLaVA
+#: Those that transformers has; tests/test_vlm.py compares more of LLaVA, tests/models/test_qwen2_vl.py of Qwen2-VL.
+THEIRS = [name for name, one in EVERY.items() if name != LLAVAS[0].name and not isinstance(one, (TinyQwenVL, TinyQwen2VL))]
+
+
+@configurations(*(name for name in MECHANISMS if name in THEIRS), of=THEIRS)
 def test_the_tokens_are_those_of_transformers(tiny: Callable[[str], Tiny], name: str) -> None:
     """From the outside: its processor and its `generate` on one side, the runtime on the other."""
     import torch
@@ -259,6 +272,8 @@ UNUSED = {
     TinyLlava: r"vision_tower\.",
     TinyFlamingo: r"model\.vision_model\.post_layernorm|rotary_emb\.inv_freq|position_ids",
     TinyBlip2: r"position_ids|rotary_emb\.inv_freq|vision_model\.post_layernorm",
+    TinyQwen2VL: r"rotary_emb\.inv_freq",
+    TinyQwenVL: r"attn_pool\.attn\.in_proj",  # three weights in one
 }
 
 
@@ -283,7 +298,8 @@ def test_every_weight_has_its_place(tiny: Callable[[str], Tiny], name: str) -> N
 
 # ----------------------------------------------------------------------------------------------- protocol
 
-OPTIONAL = {"embed_image"}  # only families whose pictures are looked at with an instruction
+#: Only families whose pictures are looked at with an instruction, and those with a layout of their own beside transformers'.
+OPTIONAL = {"embed_image", "split_weight", "bundle_files"}
 
 
 @pytest.mark.parametrize("family", models._modules())

@@ -24,6 +24,7 @@ MODULES = {
 MAY_IMPORT = {
     "errors": set(),
     "tensors": {"errors"},
+    "boxes": set(),
     "bundle": {"errors"},
     "graphs": {"bundle", "errors", "tensors"},
     "models": {"bundle", "errors", "images", "prompt"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "generate": {"bundle", "errors", "runtimes"},
     "images": {"errors"},
     "prompt": {"errors"},
-    "vlm": {"bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
+    "vlm": {"boxes", "bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
     "reference": {"models", "prompt"},
     "verify": {"bundle", "errors", "export", "generate", "models", "prompt", "reference", "scenes", "vlm"},
 }
@@ -74,9 +75,10 @@ def test_direction_of_imports(module: str) -> None:
         assert "cli" not in known
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in MODULES if m.split(".")[0] in {"runtimes", "generate", "images", "prompt", "vlm", "bundle", "errors"}]
-)
+ROBOT = {"runtimes", "generate", "images", "prompt", "vlm", "boxes", "bundle", "errors"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in ROBOT])
 def test_robot_modules_name_no_workshop_package(module: str) -> None:
     heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes", "rich"}
     assert {name.split(".")[0] for name in imports(MODULES[module])} & heavy == set()

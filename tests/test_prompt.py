@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from edgevlm.prompt import (
     TextPart,
     TextStream,
     Tokenizer,
+    Video,
     normalize_request,
 )
 
@@ -384,6 +387,16 @@ def test_failing_templates_name_the_reason(folder: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a string"),
         ({"messages": [{"role": "user", "content": [{"type": "movie", "movie": 1}]}]}, "'movie'.*text, image and video"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, r"content\[0\] is a str"),
+        ({"prompt": "x", "images": [[PICTURE, PICTURE]]}, r"frames of a film as edgevlm\.Video\(frames, fps\)"),
+        (
+            {"messages": [_turn("user"), {"role": "user", "content": [{"type": "video", "video": []}]}]},
+            r"messages\[1\]\.content\[0\]: the video has no frame; give one picture at least",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "the frames of a video are None; .*list of pictures",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": [PICTURE], "fps": None}]}]}, "fps is None"),
         (
             {"messages": [SYSTEM, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
             r"messages\[1\].*image_url.*\"image\": picture",
@@ -393,6 +406,45 @@ def test_failing_templates_name_the_reason(folder: Path) -> None:
 def test_requests_that_are_none(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(PromptError, match=match):
         normalize_request(**arguments)
+
+
+@pytest.mark.parametrize("fps", [0, -1, -0.5, float("nan"), float("inf"), True, "2", None, 1j])
+def test_a_film_without_a_speed_is_refused(fps: Any) -> None:
+    with pytest.raises(PromptError, match=re.escape(f"fps is {fps!r}; expected a number above 0")):
+        Video([PICTURE], fps)
+
+
+@pytest.mark.parametrize("frames", [None, "film.mp4", b"bytes", {"0": PICTURE}, PICTURE, np.zeros((2, 4, 4, 3), np.uint8), 7])
+def test_a_film_is_a_list_of_pictures(frames: Any) -> None:
+    with pytest.raises(PromptError, match=f"the frames of a video are a {type(frames).__name__}|are None"):
+        Video(frames)
+
+
+def test_a_film_among_pictures(folder: Path) -> None:
+    """As many places as its frames take, under a token of its own, and its speed with them."""
+    films = "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else '</s>' if p.type == 'video' "
+    builder = _builder(folder, films + "else p.text }}{% endfor %}{% endfor %}")
+    end = builder.tokenizer.backend.token_to_id("</s>")
+    builder = replace(
+        builder,
+        video=("</s>", end),
+        grid=lambda picture: (len(picture.frames), 2, 1) if isinstance(picture, Video) else (1, 1, 3),
+    )
+    film, slow = Video([PICTURE] * 2, np.float32(0.5)), {"type": "video", "video": (PICTURE,), "fps": 3}
+    asked = [_turn("user", PICTURE, "then"), {"role": "user", "content": [slow, {"type": "video", "video": film}]}]
+    prompt = builder.build(normalize_request(messages=asked))
+    assert prompt.grids == ((1, 1, 3), (1, 2, 1), (2, 2, 1))
+    assert prompt.rates == (None, 3.0, 0.5)
+    kinds = [{prompt.ids[i] for i in range(start, start + length)} for start, length in prompt.places]
+    assert kinds == [{builder.image_token_id}, {end}, {end}]
+    assert [length for _, length in prompt.places] == [3, 2, 4]
+    listed = builder.build(normalize_request([film, "what?", PICTURE]))
+    assert listed.rates == (0.5, None)
+    wrong = builder.with_template(
+        ChatTemplate("{% for m in messages %}{% for p in m.content %}<image>{% endfor %}{% endfor %}")
+    )
+    with pytest.raises(PromptError, match="place 1 of the prompt is <image>; a video was given for it"):
+        wrong.build(normalize_request([film]))
 
 
 def test_normalised_form() -> None:

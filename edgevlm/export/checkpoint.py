@@ -6,6 +6,7 @@ Only safetensors are read. It knows nothing of architectures beyond handing out 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from ..errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelE
 from ..models import aliases
 from ..tensors import WeightEntry, read_safetensors_index
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_weights"]
+__all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint", "read_weights"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Checkpoint:
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Raises CheckpointNotFoundError, CheckpointError (no `config.json`), or WeightsError; each says what to do."""
-    folder, name = _find(model)
+    folder, name = find_checkpoint(model)
     path = folder / "config.json"
     if not path.is_file():
         remedy = (
@@ -57,10 +58,14 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise UnsupportedModelError(
             f"{name} is already quantized ({method}). Export the checkpoint with float weights and quantize it with --quantize."
         )
-    return Checkpoint(name, folder, config, _index_weights(folder))
+    return Checkpoint(name, folder, config, _index_weights(folder, model, name))
 
 
-def _find(model: str) -> tuple[Path, str]:
+def find_checkpoint(model: str, *, pickles: bool = False) -> tuple[Path, str]:
+    """The folder of an alias, a Hub id, a folder or a shipped model, and its name; `pickles` fetches such weights, too.
+
+    Raises CheckpointNotFoundError, or CheckpointError for a file.
+    """
     local = Path(model).expanduser()
     if local.is_dir():
         return local, local.resolve().name
@@ -76,10 +81,10 @@ def _find(model: str) -> tuple[Path, str]:
             f"{model!r} is neither a folder here, nor an alias ({', '.join(sorted(known))}), nor a shipped model "
             f"({', '.join(shipped) or 'none'}), nor a Hub id (owner/name)."
         )
-    return _download(model, hub_id), hub_id
+    return _download(model, hub_id, (*_WANTED, "*.bin") if pickles else _WANTED), hub_id
 
 
-def _download(model: str, hub_id: str) -> Path:
+def _download(model: str, hub_id: str, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -89,7 +94,7 @@ def _download(model: str, hub_id: str) -> Path:
         "--model; or try the shipped model, `--model demo/llava`."
     )
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except RepositoryNotFoundError as exc:
         raise CheckpointNotFoundError(
             f"{asked} is not on the Hugging Face Hub, or needs a token (`hf auth login`). A local folder is taken as well."
@@ -106,7 +111,7 @@ def _download(model: str, hub_id: str) -> Path:
         raise CheckpointNotFoundError(f"{asked}: the Hugging Face Hub could not be reached ({exc}). {remedy}") from exc
 
 
-def _index_weights(folder: Path) -> dict[str, WeightEntry]:
+def _index_weights(folder: Path, model: str, name: str) -> dict[str, WeightEntry]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -135,11 +140,12 @@ def _index_weights(folder: Path) -> dict[str, WeightEntry]:
             f"{folder} holds checkpoint.pt, as OpenFlamingo's weights are published: only what was trained, and pickled. "
             "`edgevlm convert` makes a checkpoint of it together with the vision tower and the language model."
         )
-    if pickles:
+    if pickles or (folder / "pytorch_model.bin.index.json").is_file():
+        found = ", ".join(pickles[:3]) or "pytorch_model.bin.index.json names them"
         raise WeightsError(
-            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). Pickle files can run any code when they are "
-            "read, so EdgeVLM takes safetensors only. Convert them once, where you trust the file: load the model in "
-            "transformers with from_pretrained(FOLDER) and save it with save_pretrained(NEW_FOLDER), which writes safetensors."
+            f"{folder} holds pickled weights only ({found}). Pickle files can run any code when they are read, so export takes "
+            f"safetensors only. Make a checkpoint with safetensors first, which lets nothing but tensors in:\n"
+            f"    edgevlm convert --model {shlex.quote(model)} --output {shlex.quote(name.rpartition('/')[2] + '-safetensors')}"
         )
     raise WeightsError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json.")
 

@@ -1,638 +1,105 @@
-"""`edgevlm convert`: published OpenFlamingo weights become an ordinary checkpoint folder that `edgevlm export` takes.
+"""`edgevlm convert --model …`: a Hugging Face checkpoint whose weights are pickles becomes one with safetensors.
 
-    checkpoint.pt (what was trained) ┐
-    CLIP tower, as published         ├→ config.json, *.safetensors, tokenizer.json, preprocessor_config.json, …
-    language model, as published     ┘
+    pytorch_model-00001-of-00010.bin …   →   model-00001-of-00010.safetensors …   one file after the other, same dtype
+    *.json, tokenizer files              →   copied; code (*.py) is left behind
 
-OpenFlamingo (https://github.com/mlfoundations/open_flamingo) publishes the trained parameters alone, as one pickled state
-dict: the resampler, the gated cross-attention, and the table of embeddings with the tokens that were added. A pickle can
-run any code when it is read, so this one place where pickles are read at all lets torch rebuild tensors and plain
-containers only (`weights_only`), and refuses the file otherwise. Tensors stay in their files, memory-mapped, and are
-written one after the other in the dtype they have: no more than a piece of one is in memory.
+What may be in a pickle, and how it is read, is in `weights`; OpenFlamingo, whose weights need two other checkpoints, in
+`convert_open_flamingo`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
 
 from ..bundle import publish_bundle
-from ..errors import CheckpointError, OutputError, UnsupportedModelError, WeightsError
+from ..errors import CheckpointError, OutputError, WeightsError
 from ..graphs import Progress
-from ..models import open_flamingo
-from ..models.open_flamingo import END, IMAGE
-from .checkpoint import open_checkpoint, read_weights
+from ..models import family_for_config
+from .checkpoint import find_checkpoint
+from .weights import Weight, listed, pickle_shards, read_json, read_pickle, write_json, write_shard
 
-__all__ = ["convert_open_flamingo"]
+__all__ = ["convert_checkpoint"]
 
-#: Bytes of weights in one file, as Hugging Face's own default.
-SHARD_BYTES = 5_000_000_000
-#: The width of an attention head in the resampler and the gated layers: fixed in the published code (helpers.py, `dim_head`).
-HEAD_DIM = 64
-_BLOCK = 64 << 20
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-#: Language models by where their layers are in the published state dicts.
-_BODIES = {
-    "model.layers": "Llama", "transformer.blocks": "MPT", "gpt_neox.layers": "GPT-NeoX (RedPajama, Pythia)",
-    "model.decoder.layers": "OPT", "transformer.h": "GPT-J",
-}  # fmt: skip
-_LANGUAGE_MODELS = {
-    "LlamaForCausalLM": "llama", "MptForCausalLM": "mpt", "MPTForCausalLM": "mpt", "MosaicGPT": "mpt",
-}  # fmt: skip
-#: MosaicGPT, the first form of MPT that the 3B checkpoints are built on, names things in its own way.
-_MOSAIC_NAMES = {".ln_": ".norm_", ".mlp.mlp_up.": ".ffn.up_proj.", ".mlp.mlp_down.": ".ffn.down_proj."}
-#: What old checkpoints hold beside their parameters.
-_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_INDEX = "pytorch_model.bin.index.json"
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor in its file: shape, dtype as safetensors names it, and its rows in pieces that are read when asked for."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], list[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One of the three inputs: what the user called it, its `config.json` (empty for a bare file), and its weights."""
-
-    name: str
-    folder: Path
-    config: dict[str, Any]
-    weights: dict[str, _Weight]
-
-
-def convert_open_flamingo(
-    weights: str | Path,
-    vision: str,
-    language: str,
+def convert_checkpoint(
+    model: str,
     output: str | Path,
     *,
-    cross_attn_every_n_layers: int | None = None,
-    vision_post_layernorm: bool = False,
-    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     stage: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Writes the folder `output` and returns it.
+    """Writes the folder `output` and returns it. `model` is an alias, a Hub id or a folder of a family that EdgeVLM knows.
 
-    `weights` is the published `checkpoint.pt`, one of its training script, or the same as safetensors. `vision` and
-    `language` are folders (or Hub ids) of the CLIP tower and the language model that it was trained on. How often
-    a gated layer comes follows from the weights; `cross_attn_every_n_layers` is compared with it. Set
-    `vision_post_layernorm` for weights that were trained with open_clip 2.23 or newer: see `OpenFlamingoConfig`.
-
-    Raises CheckpointError, UnsupportedModelError or WeightsError, naming what does not fit, and OutputError where `output`
+    Raises CheckpointError, UnsupportedModelError or WeightsError, saying what is wrong, and OutputError where `output`
     exists.
     """
-    from huggingface_hub.errors import StrictDataclassError  # a value of another type in config.json
-
     destination = Path(output)
     if destination.exists():
         raise OutputError(f"{destination} exists. Give another --output.")
-    trained = _read_trained(Path(weights), stage)
-    stage("reading the vision tower and the language model")
-    tower, lm = _open_source(vision, stage), _open_source(language, stage)
-    try:
-        return _convert(
-            trained, tower, lm, destination, cross_attn_every_n_layers, vision_post_layernorm, shard_bytes, progress, stage
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, StrictDataclassError) as exc:
-        raise CheckpointError(
-            f"The config.json of {tower.name} or of {lm.name} is damaged: {type(exc).__name__}: {exc}. Fetch it again."
-        ) from exc
-
-
-def _convert(
-    trained: _Source, tower: _Source, lm: _Source, destination: Path, asked: int | None, post_layernorm: bool,
-    shard_bytes: int, progress: Progress | None, stage: Callable[[str], None],
-) -> Path:  # fmt: skip
-    tower_config, text_config, mosaic = _vision_config(tower), *_text_config(lm)
-    found = _trained_weights(trained, text_config["model_type"])
-    every = _interval(found, text_config, asked, trained.name)
-    tokenizer, settings = _tokenizer(lm)
-    table = found.get(_table(text_config))
-    if table is None:
-        raise WeightsError(
-            f"{trained.name} has no table of embeddings (lang_encoder.{_table(text_config).removeprefix('language_model.')}), "
-            f"so the rows of {IMAGE} and {END} are not known. The published files have it, also where it was frozen."
-        )
-    if len(table.shape) != 2 or table.shape[0] < tokenizer.get_vocab_size():
-        raise WeightsError(
-            f"The table of embeddings in {trained.name} has the shape {list(table.shape)}; the tokenizer of {lm.name} has "
-            f"{tokenizer.get_vocab_size()} tokens with the added ones. Give the language model that it was trained on."
-        )
-    text_config["vocab_size"] = table.shape[0]
-    config = {
-        "architectures": list(open_flamingo.ARCHITECTURES),
-        "model_type": "open_flamingo",
-        "cross_attn_every_n_layers": every,
-        "image_token_id": tokenizer.token_to_id(IMAGE),
-        "endofchunk_token_id": tokenizer.token_to_id(END),
-        "vision_post_layernorm": post_layernorm,
-        "tie_word_embeddings": text_config["tie_word_embeddings"],
-        **_sizes(found, every, trained.name),
-        "vision_config": tower_config,
-        "text_config": text_config,
-    }
-    open_flamingo.check_config(config)
-
-    stage("comparing names and shapes")
-    language_weights = _language_weights(lm, mosaic)
-    _fit_head(found, language_weights, text_config, trained.name, stage)
-    complete = _matched(config, trained, found, tower, _vision_weights(tower), lm, language_weights)
-    companions = {
-        "config.json": config,
-        "generation_config.json": _generation(config, lm, tokenizer, settings),
-        "preprocessor_config.json": _preprocessing(tower),
-        "tokenizer.json": json.loads(tokenizer.to_str()),
-        "tokenizer_config.json": settings,
-    }
-    with publish_bundle(destination) as folder:
-        stage("writing weights")
-        _write_weights(folder, complete, shard_bytes, progress)
-        for name, content in companions.items():
-            _write_json(folder / name, content)
+    folder, name = find_checkpoint(model, pickles=True)
+    config = read_json(folder / "config.json")
+    if not config:
+        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.")
+    family_for_config(config)
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{name} has safetensors already: `edgevlm export --model {model}` takes it as it is.")
+    shards = pickle_shards(folder)
+    if not shards:
+        raise WeightsError(f"{folder} holds no pytorch_model*.bin, the name that pickled weights have.")
+    index = read_json(folder / _INDEX).get("weight_map", {})
+    with publish_bundle(destination) as staging:
+        placed = _write_shards(staging, shards, len(index), progress, stage)
+        if missing := [weight for weight in index if weight not in placed]:
+            raise WeightsError(f"{folder} lacks {listed(missing)}, which {_INDEX} names. Fetch the checkpoint again.")
+        if len(shards) > 1:
+            total = sum((staging / file).stat().st_size for file in set(placed.values()))
+            write_json(staging / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
+        stage("copying tokenizer and configuration")
+        _copy(_companions(folder), folder, staging)
     return destination
 
 
-# ------------------------------------------------------------------------------------------- the three inputs
-
-
-def _read_trained(path: Path, stage: Callable[[str], None]) -> _Source:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}; the weights are one file, as published: checkpoint.pt.")
-    if path.suffix == ".safetensors":
-        stage(f"reading {path.name}")
-        weights = {name: _Weight(e.shape, e.dtype, _mapped(e.map)) for name, e in read_weights(path).items()}
-    else:
-        weights = _read_pickle(path, stage)
-    return _Source(str(path), path.parent, {}, weights)
-
-
-def _open_source(model: str, stage: Callable[[str], None]) -> _Source:
-    """A folder or Hub id. A local folder may hold pickles instead of safetensors: the published MPT ones do."""
-    folder = Path(model).expanduser()
-    pickles = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
-    if not pickles or any(folder.glob("*.safetensors")):
-        checkpoint = open_checkpoint(model)
-        weights = {name: _Weight(e.shape, e.dtype, _mapped(e.map)) for name, e in checkpoint.weights.items()}
-        return _Source(checkpoint.name, checkpoint.folder, checkpoint.config, weights)
-    config = _read_json(folder / "config.json")
-    if not config:
-        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.")
-    index = _read_json(folder / "pytorch_model.bin.index.json").get("weight_map", {})
-    missing = sorted(set(index.values()) - {path.name for path in pickles})
-    if missing:
-        raise WeightsError(f"{folder} lacks {len(missing)} weight files: {', '.join(missing[:4])}. Fetch the checkpoint again.")
-    read: dict[str, _Weight] = {}
-    for path in pickles:
-        read |= _read_pickle(path, stage)
-    return _Source(model, folder, config, read)
-
-
-def _read_pickle(path: Path, stage: Callable[[str], None]) -> dict[str, _Weight]:
-    import torch
-
-    stage(f"reading {path.name} (a pickle can run any code when it is read: only tensors are let in)")
-    try:
-        # What torch before 1.6 wrote is no archive that could be mapped, and comes into memory whole.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of other pickle protocols before it refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as exc:
-        reason = next((line.strip() for line in str(exc).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(exc))
-        raise WeightsError(
-            f"{path} is refused: it asks for more than tensors when it is read, which could run any code ({reason[:200]}). A "
-            "state dict needs nothing but tensors; get the file from where it was published."
-        ) from exc
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as exc:
-        raise WeightsError(
-            f"{path} cannot be read as what torch.save writes ({type(exc).__name__}: {str(exc)[:200]}). It may be truncated: "
-            "fetch it again."
-        ) from exc
-    if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):  # of the training script
-        state = state["model_state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise WeightsError(f"{path} holds no state dict: a mapping of names to tensors is what the published files hold.")
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return {
-        str(name): _Weight(tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), _mapped(_viewer(tensor, names)))
-        for name, tensor in state.items()
-    }
-
-
-def _viewer(tensor: Any, names: Mapping[Any, str]) -> Callable[[], np.ndarray]:
-    import torch
-
-    def view() -> np.ndarray:
-        raw: np.ndarray = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return raw.view(_DTYPES[names[tensor.dtype]]).reshape(tuple(tensor.shape))
-
-    return view
-
-
-def _mapped(read: Callable[[], np.ndarray]) -> Callable[[], list[np.ndarray]]:
-    return lambda: [read()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is not JSON: {exc}. Fetch the checkpoint again.") from exc
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no object. Fetch the checkpoint again.")
-    return content
-
-
-# --------------------------------------------------------------------------------------------- configuration
-
-
-def _vision_config(tower: _Source) -> dict[str, Any]:
-    from transformers import CLIPVisionConfig
-
-    kind = tower.config.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise UnsupportedModelError(
-            f"The vision tower {tower.name} has the model_type {kind!r}; OpenFlamingo's are CLIP towers (clip, "
-            "clip_vision_model): the published weights belong to openai/clip-vit-large-patch14."
-        )
-    raw = tower.config.get("vision_config") or {} if kind == "clip" else tower.config
-    known = CLIPVisionConfig()
-    fields = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-        "patch_size", "hidden_act", "layer_norm_eps",
-    )  # fmt: skip
-    return {"model_type": "clip_vision_model", **{name: raw.get(name, getattr(known, name)) for name in fields}}
-
-
-def _text_config(lm: _Source) -> tuple[dict[str, Any], bool]:
-    """The language model's configuration as transformers names it, and whether it is MosaicGPT."""
-    config = lm.config
-    asked = [str(name) for name in config.get("architectures") or []]
-    kind = next((_LANGUAGE_MODELS[name] for name in asked if name in _LANGUAGE_MODELS), None)
-    if kind is None:
-        raise UnsupportedModelError(
-            f"The language model {lm.name} is {' / '.join(asked) or config.get('model_type')!r}; covered are "
-            f"{', '.join(_LANGUAGE_MODELS)}. Of the published weights these are the 3B and 9B ones; the 4B ones are built on "
-            "RedPajama, a GPT-NeoX."
-        )
-    if kind == "llama":
-        dropped = ("architectures", "_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version")
-        kept = {name: value for name, value in config.items() if name not in dropped}
-        return {**kept, "model_type": "llama", "tie_word_embeddings": bool(config.get("tie_word_embeddings"))}, False
-    mosaic = "MosaicGPT" in asked
-    own = config if mosaic else config.get("attn_config") or {}
-    prefix = "attn_" if mosaic else ""
-    # transformers' MPT has ALiBi and no biases whatever its configuration says; the others say so.
-    published = "MptForCausalLM" not in asked
-    text: dict[str, Any] = {
-        "model_type": "mpt",
-        **{name: config[name] for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size") if name in config},
-        "expansion_ratio": config.get("mlp_ratio" if mosaic else "expansion_ratio", 4),
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "no_bias": config.get("no_bias", False) if published else True,
-        "logit_scale": config.get("logit_scale"),
-        "norm_type": config.get("norm_type", "low_precision_layernorm"),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
-        "attn_config": {
-            "attn_type": own.get("attn_type", "multihead_attention"),
-            "alibi": own.get("alibi", False) if published else True,
-            "alibi_bias_max": own.get("alibi_bias_max", 8),
-            "clip_qkv": own.get(f"{prefix}clip_qkv"),
-            "qk_ln": own.get(f"{prefix}qk_ln", False),
-            "softmax_scale": own.get("softmax_scale"),
-            "prefix_lm": own.get("prefix_lm", False),
-        },
-    }
-    return text, mosaic
-
-
-def _interval(found: Mapping[str, _Weight], text: Mapping[str, Any], asked: int | None, name: str) -> int:
-    """Every how many layers a gated one comes, as the weights have it."""
-    matches = (re.match(r"gated_cross_attn_layers\.(\d+)\.", key) for key in found)
-    gated = sorted({int(match[1]) for match in matches if match})
-    layers = int(text["n_layers"] if text["model_type"] == "mpt" else text["num_hidden_layers"])
-    every = gated[0] + 1 if gated else 0
-    if not gated or gated != list(range(every - 1, layers, every)):
-        raise WeightsError(
-            f"{name} has gated cross-attention before the layers {_listed(list(map(str, gated)))}; before every n-th of the "
-            f"{layers} layers of the language model is what is expected. Give the language model that it was trained on."
-        )
-    if asked not in (None, every):
-        raise WeightsError(
-            f"{name} has gated cross-attention before every layer number {every}, {len(gated)} in all; {asked} was asked for. "
-            "Leave it out: it follows from the weights."
-        )
-    return every
-
-
-def _sizes(found: Mapping[str, _Weight], every: int, name: str) -> dict[str, Any]:
-    """What the shapes say of the resampler and the gated layers."""
-    gated = f"gated_cross_attn_layers.{every - 1}"
-
-    def rows(key: str) -> int:
-        if key not in found or not found[key].shape:
-            raise WeightsError(f"{name} lacks {key}. It is no published OpenFlamingo checkpoint, or not complete.")
-        return found[key].shape[0]
-
-    def attention(key: str, feed: str) -> dict[str, int]:
-        inner = rows(key)
-        if inner % HEAD_DIM:
-            raise UnsupportedModelError(f"{key} has {inner} rows; OpenFlamingo's attention has heads of {HEAD_DIM}.")
-        return {"heads": inner // HEAD_DIM, "head_dim": HEAD_DIM, "intermediate_size": rows(feed)}
-
-    depth = len({key.split(".")[2] for key in found if key.startswith("perceiver.layers.")})
-    return {
-        "resampler": {
-            "depth": depth, "latents": rows("perceiver.latents"),
-            **attention("perceiver.layers.0.0.to_q.weight", "perceiver.layers.0.1.1.weight"),
-        },
-        "cross_attention": attention(f"{gated}.attn.to_q.weight", f"{gated}.ff.1.weight"),
-    }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------- names
-
-
-def _table(text: Mapping[str, Any]) -> str:
-    """The name of the table of embeddings."""
-    return f"language_model.{'transformer.wte' if text['model_type'] == 'mpt' else 'model.embed_tokens'}.weight"
-
-
-def _trained_weights(trained: _Source, kind: str) -> dict[str, _Weight]:
-    """The published names as those of `edgevlm.models.open_flamingo`; others stay as they are and will be refused.
-
-    A gated layer is published inside the layer it precedes, in a list of its own, or in both: the first release has
-    the same tensors twice.
-    """
-    body = {"llama": "model.layers", "mpt": "transformer.blocks"}[kind]
-    found: dict[str, _Weight] = {}
-    for published, weight in trained.weights.items():
-        name = re.sub(r"(^|\.)(module|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)", "", published).lstrip(".")
-        layer = re.fullmatch(r"lang_encoder\.(.+)\.(\d+)\.gated_cross_attn_layer\.(.+)", name)
-        if layer and layer[1] != body:
-            raise CheckpointError(
-                f"{trained.name} was trained on {_BODIES.get(layer[1], 'another language model')}, the language model given is "
-                f"{_BODIES[body]}. Give the one that it was trained on."
-            )
-        if layer:
-            name = f"gated_cross_attn_layers.{layer[2]}.{layer[3]}"
-        elif name.startswith("lang_encoder.gated_cross_attn_layers."):
-            name = name.removeprefix("lang_encoder.")
-        elif name in ("lang_encoder.lm_head.weight", _table({"model_type": kind}).replace("language_model", "lang_encoder")):
-            name = name.replace("lang_encoder", "language_model")
-        if name in found and not _equal(found[name], weight):
-            raise WeightsError(f"{trained.name} has two different tensors for {name}: {published!r} and another.")
-        found[name] = weight
-    return found
-
-
-def _equal(a: _Weight, b: _Weight) -> bool:
-    return (
-        (a.shape, a.dtype) == (b.shape, b.dtype)
-        and a.dtype in _DTYPES
-        and all(np.array_equal(x, y) for x, y in zip(_blocks(a.read()), _blocks(b.read()), strict=True))
-    )
-
-
-def _vision_weights(tower: _Source) -> dict[str, _Weight]:
-    """The tower of a CLIPModel, a CLIPVisionModel or a CLIPVisionModelWithProjection."""
-    other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    return {
-        f"vision_tower.{name.removeprefix('vision_model.')}": weight
-        for name, weight in tower.weights.items()
-        if not name.startswith(other) and not name.endswith(_BUFFERS)
-    }
-
-
-def _language_weights(lm: _Source, mosaic: bool) -> dict[str, _Weight]:
-    renamed = {}
-    for name, weight in lm.weights.items():
-        if name.endswith(_BUFFERS):
-            continue
-        for old, new in _MOSAIC_NAMES.items() if mosaic else ():
-            name = name.replace(old, new)
-        renamed[f"language_model.{name}"] = weight
-    return renamed
-
-
-def _fit_head(
-    found: dict[str, _Weight], language: dict[str, _Weight], text: Mapping[str, Any], name: str, stage: Callable[[str], None]
-) -> None:
-    """The tables of the language model give way to the trained one; its output head gets as many rows.
-
-    The published code resizes both tables to the tokenizer, and trains and stores the embeddings alone. A head that is
-    the same table comes with them. One that is not got random rows for the added tokens at every start; here they
-    are the mean of the others, whose logit is below the largest, so that no such token is ever the likeliest.
-    """
-    head, table = "language_model.lm_head.weight", _table(text)
-    language.pop(table, None)
-    if text["tie_word_embeddings"]:
-        if head in found and not _equal(found[head], found[table]):
-            raise WeightsError(
-                f"{name} has an output head that differs from its embeddings; in this language model they are one."
-            )
-        found.pop(head, None)
-        language.pop(head, None)
-        return
-    own, rows = language.pop(head, None), text["vocab_size"]
-    if head in found or own is None:
-        return
-    if len(own.shape) != 2 or not own.shape[0] or own.dtype not in _DTYPES:
-        language[head] = own  # refused with the others
-        return
-    kept = min(rows, own.shape[0])
-    if rows > kept:
-        stage(f"{name} has no output head: the {rows - kept} added tokens get the mean of the others there")
-
-    def read() -> list[np.ndarray]:
-        array = own.read()[0][:kept]
-        total = sum(block.astype(np.float64).sum(0) for block in _blocks([array]))
-        return [array, np.repeat((total / kept).astype(array.dtype)[None], rows - kept, 0)]
-
-    language[head] = _Weight((rows, own.shape[1]), own.dtype, read)
-
-
-def _matched(
-    config: Mapping[str, Any],
-    trained: _Source, found: Mapping[str, _Weight],
-    tower: _Source, vision: Mapping[str, _Weight],
-    lm: _Source, language: Mapping[str, _Weight],
-) -> dict[str, _Weight]:  # fmt: skip
-    """All weights in the order of the model. WeightsError where names or shapes are not those that the model has."""
-    import torch
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), torch.device("meta"):
-        model = open_flamingo.model_from_config(config)
-    tied = model.all_tied_weights_keys
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
-    sources = ((trained, found), (tower, vision), (lm, language))
-    of_trained = ("perceiver.", "gated_cross_attn_layers.", _table(config["text_config"]))
-    complete: dict[str, _Weight] = {}
-    for source, weights in sources:
-        if source is trained:
-            prefix, wanted = "", {name for name in expected if name.startswith(of_trained) or name in found}
-        else:
-            prefix = "vision_tower." if source is tower else "language_model."
-            wanted = {name for name in expected if name.startswith(prefix) and name not in found}
-        missing = [name.removeprefix(prefix) for name in expected if name in wanted and name not in weights]
-        unexpected = [name.removeprefix(prefix) for name in weights if name not in wanted]
-        if missing or unexpected:
-            said = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has unexpected {_listed(unexpected)}"] * bool(unexpected)
-            raise WeightsError(
-                f"{source.name} {' and '.join(said)}. Covered are the parameters that OpenFlamingo version 2 publishes, on the "
-                "tower and the language model they were trained on."
-            )
-        for name, weight in weights.items():
-            if weight.shape != expected[name]:
-                raise WeightsError(
-                    f"{source.name} has {name} in the shape {list(weight.shape)}, where {list(expected[name])} belongs: the "
-                    f"tower is {config['vision_config']['hidden_size']} wide, the language model "
-                    f"{model.config.text_config.hidden_size}. Give those that the weights were trained on."
-                )
-            if weight.dtype not in _DTYPES:
-                raise WeightsError(f"{source.name} has {name} in the dtype {weight.dtype}; {', '.join(_DTYPES)} can be read.")
-        complete |= weights
-    return {name: complete[name] for name in expected}
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4]) or 'none'}{more}"
-
-
-# ----------------------------------------------------------------------------------------------- tokenizer
-
-
-def _tokenizer(lm: _Source) -> tuple[Any, dict[str, Any]]:
-    """The language model's tokenizer with the tokens that the published code adds, in its order, and its settings."""
-    from tokenizers import AddedToken, Tokenizer
-
-    path = lm.folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{lm.folder} has no tokenizer.json. Load its tokenizer in transformers (AutoTokenizer.from_pretrained) and save "
-            "it back with save_pretrained, which writes one."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as exc:  # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {exc}. Fetch the checkpoint again.") from exc
-    settings = _read_json(lm.folder / "special_tokens_map.json") | _read_json(lm.folder / "tokenizer_config.json")
-    for name in ("chat_template", "auto_map", "name_or_path"):  # OpenFlamingo has its own form of prompts
-        settings.pop(name, None)
-    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    added = [END, IMAGE]
-    if not settings.get("pad_token"):
-        settings["pad_token"] = "<PAD>"
-        added.append("<PAD>")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
-    others = settings.pop("additional_special_tokens", None) or []
-    settings["additional_special_tokens"] = [*others, *(token for token in (END, IMAGE) if token not in others)]
-    if "added_tokens_decoder" in settings:
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        settings["added_tokens_decoder"] |= {str(tokenizer.token_to_id(t)): {"content": t, **flags} for t in added}
-    return tokenizer, settings
-
-
-def _generation(config: Mapping[str, Any], lm: _Source, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What ends an answer: `<|endofchunk|>`, as in the published `generate`, and the language model's own end of text."""
-    own = _read_json(lm.folder / "generation_config.json").get("eos_token_id", lm.config.get("eos_token_id"))
-    ends = [config["endofchunk_token_id"], *(own if isinstance(own, list) else [own])]
-    pad = settings["pad_token"]
-    return {
-        "eos_token_id": [number for number in dict.fromkeys(ends) if number is not None],
-        "pad_token_id": tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad),
-    }
-
-
-def _preprocessing(tower: _Source) -> dict[str, Any]:
-    """CLIP's, which is what open_clip does for the published weights: shorter side, bicubic, centre crop."""
-    found = _read_json(tower.folder / "preprocessor_config.json") or _read_json(tower.folder / "processor_config.json").get(
-        "image_processor", {}
-    )
-    if not found:
-        raise CheckpointError(f"{tower.folder} has neither preprocessor_config.json nor processor_config.json.")
-    return {**found, "processor_class": "CLIPProcessor"}
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_weights(folder: Path, weights: Mapping[str, _Weight], limit: int, progress: Progress | None) -> None:
-    """`model.safetensors`, or shards of at most `limit` bytes (a single tensor may exceed it) with their index."""
-    shards: list[dict[str, _Weight]] = [{}]
-    size = 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = weight
-        size += weight.nbytes
-    single = len(shards) == 1
-    files = (
-        ["model.safetensors"] if single else [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-    )
-    done = 0
-    for file, shard in zip(files, shards, strict=True):
-        for name, weight in _write_shard(folder / file, shard):
+def _write_shards(
+    folder: Path, shards: list[Path], count: int, progress: Progress | None, stage: Callable[[str], None]
+) -> dict[str, str]:
+    """Each weight's new file. A shard is let go of before the next is read."""
+    placed: dict[str, str] = {}
+    for number, path in enumerate(shards, 1):
+        weights = read_pickle(path, stage)
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _check(path, weights, placed)
+        for name, weight in write_shard(folder / file, weights):
             if progress:
-                progress(name, done, len(weights), weight.nbytes)
-            done += 1
-    if not single:
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(weight.nbytes for weight in weights.values())
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+                progress(name, len(placed), max(count, len(weights)), weight.nbytes)
+            placed[name] = file
+        del weights, weight  # what has been read of an old file lies in memory
+    return placed
 
 
-def _write_shard(path: Path, shard: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
-    """Format: https://github.com/huggingface/safetensors#format. The widest dtype comes first, so that all are aligned."""
-    ordered = sorted(shard.items(), key=lambda item: -np.dtype(_DTYPES[item[1].dtype]).itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, weight in ordered:
-        header[name] = {"dtype": weight.dtype, "shape": weight.shape, "data_offsets": [offset, offset + weight.nbytes]}
-        offset += weight.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, weight in ordered:
-            yield name, weight
-            for block in _blocks(weight.read()):
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+def _check(path: Path, weights: dict[str, Weight], placed: dict[str, str]) -> None:
+    if twice := [name for name in weights if name in placed]:
+        raise WeightsError(f"{path} holds {listed(twice)}, as another of the files does. Fetch the checkpoint again.")
+    for name, weight in weights.items():
+        if not weight.known:
+            raise WeightsError(f"{path} has {name} in the dtype {weight.dtype}, which cannot be written as safetensors.")
 
 
-def _blocks(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The rows of all parts, some megabytes at a time."""
-    for part in parts:
-        rows = np.atleast_1d(part)
-        step = max(1, _BLOCK // max(1, rows[:1].nbytes))
-        yield from (rows[first : first + step] for first in range(0, len(rows), step))
+def _companions(folder: Path) -> Iterable[Path]:
+    """Text files of the checkpoint, also those one folder down."""
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        wanted = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted and not hidden and not path.name.endswith(".index.json"):
+            yield path
+
+
+def _copy(paths: Iterable[Path], source: Path, target: Path) -> None:
+    for path in paths:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

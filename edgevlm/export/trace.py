@@ -176,7 +176,7 @@ def _dynamic_shapes(spec: PartSpec) -> tuple[Any, ...]:
     parameters = list(inspect.signature(spec.module.forward).parameters.values())
     if parameters and parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
         fixed = len(parameters) - 1
-        return (*shapes[:fixed], shapes[fixed:])
+        return (*shapes[:fixed], shapes[fixed:]) if shapes[fixed:] else shapes
     return shapes
 
 

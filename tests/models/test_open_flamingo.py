@@ -39,7 +39,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "open-flamingo"
 
     def make(tiny: Any, bundle: str = "") -> Path:
-        from edgevlm.export.convert import convert_open_flamingo
+        from edgevlm.export.convert_open_flamingo import convert_open_flamingo
         from edgevlm.export.export import export_bundle
 
         folder = shared / tiny.name
