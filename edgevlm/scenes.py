@@ -350,9 +350,7 @@ def ask_all(scene: Scene, tries: int = 10) -> list[Question]:
     return [question for question in drawn if question is not None]
 
 
-def heldout_questions(
-    count: int = 1000, split: str = "test", aspect: str = "square"
-) -> Iterator[tuple[Scene, Question]]:
+def heldout_questions(count: int = 1000, split: str = "test", aspect: str = "square") -> Iterator[tuple[Scene, Question]]:
     """`count` questions over the scenes of a split and an aspect, as many of each kind as of any other.
 
     Pass a multiple of `len(KINDS)` (8) to have exactly equal shares; a remainder goes to the kinds named first.

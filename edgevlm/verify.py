@@ -125,7 +125,7 @@ def _cases(fewest: int, most: int | None, *, films: bool) -> Iterator[tuple[str,
         *((f"long prompt, {n} times", [pictures[2], "Where is the large green ball? " * n]) for n in (12, 6, 2)),
     ]
     if films:
-        cases.insert(-4, ("video", [Video([p.resize((90, 70)) for p in (*pictures, wide, tall)], 3.0), "What happens?"]))
+        cases.insert(-4, ("video", [Video([p.resize((90, 70)) for p in (*pictures, wide, tall)], 0.25), "What happens?"]))
         cases.insert(-4, ("video and picture", ["A film:", Video([tall, tall.rotate(180)], 1.0), "a picture:", wide, "Same?"]))
     for name, items in cases:
         if fewest <= sum(not isinstance(item, str) for item in items) <= (len(items) if most is None else most):

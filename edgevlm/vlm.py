@@ -215,6 +215,7 @@ class VLM:
         )  # fmt: skip
         self._stop = _stop_ids(bundle.folder, tokenizer)
         self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
+        self._any_size = manifest.patches is not None or self._processor.tiles is not None
         self._reads_prompt = manifest.decoder_start_id is not None  # in an encoder, and the decoder has the answer alone
         self._features = _Features()
         self._lock = threading.Lock()
@@ -314,10 +315,12 @@ class VLM:
         pictures = [self._load(source) for source in request.images]
         built = self._family.build_prompt(self._builder, self.bundle.manifest, request.with_images(pictures))
         if len(built.ids) + 1 > self.capacity:
+            visual = sum(length for _, length in built.places)
+            smaller = f" Pictures take {visual} of them; visual_tokens bounds what one may take." if self._any_size else ""
             raise CapacityError(
                 f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
                 f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
-                f"(this model: up to {self.bundle.manifest.context_length})."
+                f"(this model: up to {self.bundle.manifest.context_length}).{smaller}"
             )
         timings = Timings(prompt_tokens=len(built.ids))
         seen = tuple(self._seen(picture) for picture in pictures)
@@ -562,10 +565,7 @@ def _digest(picture: Any) -> str:
     """Stands for the pixels of a picture, or of all frames of a film."""
     if not isinstance(picture, Video):
         return image_digest(picture)
-    return (
-        "video "
-        + hashlib.blake2b("".join(map(_digest, picture.frames)).encode(), digest_size=32).hexdigest()
-    )
+    return "video " + hashlib.blake2b("".join(map(_digest, picture.frames)).encode(), digest_size=32).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,15 +5,16 @@ patches are from each other; where a place is in the picture, the language model
 positions (time, row, column) of its tokens. So place and content meet in the language model: its first layer is new,
 and is taught to write down where the object of every place is; the other four begin as demo/internvl's.
 
-Rows and columns turn the slower halves of the rotary angles. With a base of 10,000 and heads of 32, ten columns are
-less than a fiftieth of a radian; the base here is 100. The layers are carried over with their angles exchanged for the
-nearest of the new ones, which keeps two thirds of what they can do.
+Rows and columns turn the slower rotary angles. With a base of 10,000 and heads of 32, ten columns turn the fastest of
+theirs by a tenth of a radian, which is hard to read; the base here is 100. The layers are carried over with their angles
+exchanged for the nearest of the new ones. demo/llava, treated like that, still answers 64 of 100 questions without any
+training, and 23 where every angle keeps its place.
 
     vision  tower, merger and first layer. Every place names the colour, shape and size of the object it shows and how
             far its centre is; behind the first layer, where that is. On square pictures of demo/internvl's size, merger
-            and first layer have to write what its projector would write.
-    tune    the language model and the merger: questions over square, wide and tall pictures of several sizes; it is
-            taught where to look (`common.Pointer`).
+            and first layer have to write what its projector writes.
+    tune    the language model and the merger, over the frozen tower: questions over square, wide and tall pictures of
+            four sizes (`grids.BUDGETS`); it is taught where to look (`common.Pointer`).
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def borrow_tower(ours: Any, theirs: Any) -> None:
 def nearest_angles(old: float, new: float, pairs: int) -> list[int]:
     """For each rotary pair of the new base, which one of the old base it takes over.
 
-    The faster half, by which words know their order, come first, to the nearest angle that is left; the slower ones,
-    which hardly turn, to whatever remains.
+    The faster half, by which words know their order, come first, to the nearest angle that is left; the slower half,
+    which hardly turns, takes what remains.
     """
     angles = [[base ** (-i / pairs) for i in range(pairs)] for base in (old, new)]
     taken: dict[int, int] = {}
@@ -165,7 +166,7 @@ class Qwen2VL(Trainer):
     aspects = ("square", "wide", "tall")
     stages = (
         Stage("vision", 700, 64, 1.5e-3, scored=False),
-        Stage("tune", 1200, 32, 1.2e-3),
+        Stage("tune", 850, 32, 1.2e-3),
     )
     dialogue: Conversation
     heads: Throwaway
