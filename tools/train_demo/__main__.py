@@ -1,10 +1,11 @@
 """Trains the models that EdgeVLM ships as demos, or scores them.
 
-    python tools/train_demo --model llava   --work build/demo
-    python tools/train_demo --model blip2   --work build/demo
-    python tools/train_demo --model blip2   --score
+    python tools/train_demo --model llava    --work build/demo
+    python tools/train_demo --model internvl --work build/demo
+    python tools/train_demo --model internvl --score --aspect square wide tall
 
-A run that was stopped goes on where it was. What a model learns in which stage, and why, is told in its own file.
+demo/llava comes first: the others begin with parts of it, or of demo/internvl, which begins with it. A run that was
+stopped goes on where it was. What a model learns in which stage, and why, is told in its own file.
 """
 
 from __future__ import annotations
