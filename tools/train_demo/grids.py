@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CAMERA, MEAN, PATCH, STD, describe_objects, patch_labels
+from common import CAMERA, MEAN, PATCH, SIDE, STD, describe_objects, patch_labels
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -37,7 +37,7 @@ def draw_range(job: tuple[str, int, int, bool]) -> tuple[np.ndarray, np.ndarray,
         budget = random.Random(f"budget {seed}").choices(list(BUDGETS), list(BUDGETS.values()))[0] if varied else BUDGET
         height, width = fit(scene, budget)
         picture = render_scene(scene, CAMERA).resize((width, height), Image.Resampling.BICUBIC)
-        mask = Image.fromarray(render_mask(scene, 2 * PATCH * 6)).resize((width, height), Image.Resampling.NEAREST)
+        mask = Image.fromarray(render_mask(scene, 2 * SIDE)).resize((width, height), Image.Resampling.NEAREST)
         pixels.append(np.asarray(picture).reshape(-1, 3))
         labels.append(patch_labels(np.asarray(mask), PATCH))
         sizes.append((height, width))

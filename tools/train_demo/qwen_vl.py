@@ -1,4 +1,4 @@
-"""Qwen-VL, the first generation: a ViT, a resampler of 36 queries and Qwen's decoder, 2.5 M parameters.
+"""Qwen-VL, the first generation: a ViT, a resampler of 36 queries and Qwen's decoder, 2.4 M parameters.
 
 Qwen-VL (Bai et al. 2023, arXiv 2308.12966) squeezes every picture to a square, and a single layer of attention reads a
 grid of queries from it. demo/internvl sees wide and tall pictures the same way, as the last of its tiles: its tower
