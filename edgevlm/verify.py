@@ -247,6 +247,17 @@ def _as_taken(pictures: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(pictures if alike else [picture.reshape(-1, picture.shape[-1]) for picture in pictures])
 
 
+def _pictures_apart(vlm: VLM, prompt: _Prompt) -> Iterator[dict[str, np.ndarray]]:
+    """What the vision encoder takes of each picture of a prompt, with the prompt's patches."""
+    left = prompt.pixel_values
+    for view in prompt.views:
+        feeds = _vision_inputs(vlm, view)
+        shape = feeds["pixel_values"].shape
+        rows = int(np.prod(shape[:-1]))
+        yield feeds | {"pixel_values": left[:rows].reshape(shape)}
+        left = left[rows:]
+
+
 def _compare(part: str, kind: str, ours: np.ndarray, theirs: np.ndarray, *, logits: bool = False) -> PartCheck:
     limit = LIMITS[kind]
     max_abs, peak, cosine = _distance(ours, theirs)
@@ -278,9 +289,10 @@ def _check_parts(
         checks = [_compare(name, kinds[name], ours[output], array) for output, array in theirs.items()]
         worst[name] = max([*checks, *filter(None, [worst.get(name)])], key=lambda check: (not check.passed, check.max_abs))
 
-    seen = [_vision_inputs(vlm, view) for each in prompts for view in each.views]
     if manifest.patches is None:  # all of one size: a batch
-        seen = [{"pixel_values": np.concatenate([known["pixel_values"] for known in seen])}]
+        seen = [{"pixel_values": np.concatenate([each.pixel_values for each in prompts if len(each.pixel_values)])}]
+    else:
+        seen = [known for each in prompts for known in _pictures_apart(vlm, each)]
     for known in seen:
         known["instruction_ids"] = np.array([built.instruction] * len(known["pixel_values"]), np.int64)
         for name, spec in specs.items():

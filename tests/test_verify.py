@@ -19,8 +19,8 @@ from edgevlm.verify import LIMITS, TOKENS, Report, verify_bundle
 
 PARTS = ["vision_encoder", "projector", "embed_tokens", "decoder"]
 CASES = [
-    "one picture", "wide picture", "two pictures", "no picture", "interleaved", "short prompt", "long prompt, 12 times",
-    "batch of 2: wide picture", "batch of 2: no picture",
+    "one picture", "wide picture", "two pictures", "no picture", "tiny picture", "interleaved", "short prompt",
+    "long prompt, 12 times", "batch of 2: wide picture", "batch of 2: no picture",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
