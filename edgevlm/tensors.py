@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,8 +104,8 @@ class _BlockTensor(ir.TensorProtocol):
     def nbytes(self) -> int:
         return int(self.size * self.dtype.itemsize)
 
-    def numpy(self) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def numpy(self) -> np.ndarray: ...
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()

@@ -359,7 +359,7 @@ def test_qwen2_vl_is_trained_as_it_is_run(tool, internvl, aspect):
     """Tower, positions and logits of a batch are those of the model's own forward, picture by picture."""
     ours = trainer(tool, "qwen2_vl", internvl)
     ours.model.eval()
-    grids = ours.validation_grids[aspect]
+    grids = ours.validation_views[aspect]
     index = max(grids.groups.values(), key=len)[:2]
     scenes = [grids.scenes[i] for i in index]
     made = ours.processor().image_processor([render_scene(scene, 224) for scene in scenes], return_tensors="pt")

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from edgevlm.scenes import (
     COLOURS,
@@ -432,6 +432,8 @@ class Trainer(ABC):
 
     stages: ClassVar[tuple[Stage, ...]]
     keep: ClassVar[int] = 250  # steps from checkpoint to checkpoint
+    aspects: ClassVar[tuple[str, ...]] = ()  # of scenes beside the square ones of `Pictures`
+    store: ClassVar[Any] = None  # what draws pictures of these, and reads them back
     tokenizer: PreTrainedTokenizerFast
     dialogue: Dialogue
     model: PreTrainedModel
@@ -448,6 +450,10 @@ class Trainer(ABC):
         self.build()
         self.pictures = Pictures(Path(arguments.work), "train", arguments.pictures)
         self.validation = Pictures(Path(arguments.work), "validation", arguments.validation)
+        self.views, self.validation_views = (
+            {aspect: self.store(Path(arguments.work), aspect, split, count) for aspect in self.aspects}
+            for split, count in (("train", arguments.views), ("validation", arguments.validation))
+        )
         self.features: np.ndarray | None = None
 
     @abstractmethod
@@ -472,7 +478,8 @@ class Trainer(ABC):
         """Logits and targets at every labelled place. May leave the decoder's states in `states`, for a `Pointer`."""
 
     @abstractmethod
-    def processor(self) -> ProcessorMixin | Files: ...
+    def processor(self) -> Any:
+        """What `save_pretrained` writes beside model and configuration."""
 
     # frozen towers
     def encode(self, pixels: Tensor) -> Tensor:
@@ -518,6 +525,9 @@ class Trainer(ABC):
         """Draws what the model is trained and validated on into the work folder, where it is not there yet."""
         for split, count in (("train", arguments.pictures), ("validation", arguments.validation)):
             Pictures.draw(Path(arguments.work), split, count, arguments.processes)
+        for aspect in cls.aspects:
+            for split, count in (("train", arguments.views), ("validation", arguments.validation)):
+                cls.store.draw(Path(arguments.work), aspect, split, count, arguments.processes)
 
     def draw(self, stage: Stage, step: int, per_row: int = 1) -> tuple[random.Random, np.ndarray]:
         """A step's source of chance, and its pictures."""

@@ -16,9 +16,7 @@ with demo/llava: its tower's layers, for patches of half their side, and its dec
 
 from __future__ import annotations
 
-import argparse
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +126,7 @@ class Throwaway(nn.Module):
 
 class InternVL(Trainer):
     aspects = ("wide", "tall")
+    store = Views
     stages = (
         Stage("vision", 950, 64, 1.2e-3, scored=False),
         Stage("tune", 700, 32, 1e-3),
@@ -144,18 +143,6 @@ class InternVL(Trainer):
         words = AutoTokenizer.from_pretrained(self.arguments.llava)
         borrow_words(self.tokenizer, words, self.llava, self.model.model.language_model.embed_tokens, self.model.lm_head)
         self.heads = Throwaway()
-        folder = self.work.parent
-        self.views, self.validation_views = (
-            {a: Views(folder, a, split, count) for a in self.aspects}
-            for split, count in (("train", self.arguments.views), ("validation", self.arguments.validation))
-        )
-
-    @classmethod
-    def draw_pictures(cls, arguments: argparse.Namespace) -> None:
-        super().draw_pictures(arguments)
-        for aspect in cls.aspects:
-            for split, count in (("train", arguments.views), ("validation", arguments.validation)):
-                Views.draw(Path(arguments.work), aspect, split, count, arguments.processes)
 
     @property
     def tower(self) -> Any:

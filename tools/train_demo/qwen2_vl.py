@@ -19,9 +19,7 @@ training, and 23 where every angle keeps its place.
 
 from __future__ import annotations
 
-import argparse
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +162,7 @@ class Throwaway(nn.Module):
 
 class Qwen2VL(Trainer):
     aspects = ("square", "wide", "tall")
+    store = Grids
     stages = (
         Stage("vision", 700, 64, 1.5e-3, scored=False),
         Stage("tune", 850, 32, 1.2e-3),
@@ -184,18 +183,6 @@ class Qwen2VL(Trainer):
             (self.model.lm_head.weight, self.source.lm_head.weight),
         )  # fmt: skip
         self.heads = Throwaway()
-        folder = self.work.parent
-        self.grids, self.validation_grids = (
-            {aspect: Grids(folder, aspect, split, count) for aspect in self.aspects}
-            for split, count in (("train", self.arguments.views), ("validation", self.arguments.validation))
-        )
-
-    @classmethod
-    def draw_pictures(cls, arguments: argparse.Namespace) -> None:
-        super().draw_pictures(arguments)
-        for aspect in cls.aspects:
-            for split, count in (("train", arguments.views), ("validation", arguments.validation)):
-                Grids.draw(Path(arguments.work), aspect, split, count, arguments.processes)
 
     @property
     def tower(self) -> Any:
@@ -299,7 +286,7 @@ class Qwen2VL(Trainer):
         share = len(index) // 2
         index = index[:share]
         vision = stage.name == "vision"
-        odd = self.grids[same.choice(self.aspects if vision else self.aspects[1:])]
+        odd = self.views[same.choice(self.aspects if vision else self.aspects[1:])]
         if vision:
             chosen = odd.pick(same, rng, share)
             pixels = self.pictures.batch(index)
@@ -309,7 +296,7 @@ class Qwen2VL(Trainer):
             loss = loss + 2 * (F.mse_loss(features, wanted) + F.mse_loss(written, wanted)) / wanted.var()
             features = self.show(odd.batch(chosen))
             return loss + self.teach(self.patches, self.write(features), odd.truth(chosen))
-        square = self.grids["square"]
+        square = self.views["square"]
         total = torch.zeros(())
         for grids in (square, odd):
             chosen = grids.pick(same, rng, share)
@@ -326,7 +313,7 @@ class Qwen2VL(Trainer):
     @torch.no_grad()
     def score(self) -> dict[str, Any]:
         scores: dict[str, Any] = {}
-        for aspect, grids in self.validation_grids.items():
+        for aspect, grids in self.validation_views.items():
             scores[aspect] = self.grade(self.examine_grids(grids, index) for index in grids.groups.values())
         return scores
 

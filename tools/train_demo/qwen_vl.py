@@ -13,11 +13,11 @@ and its decoder are what this model begins with, and its projector is the resamp
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import random
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from chatml import END, START, SYSTEM, Conversation, borrow_tokens, learn_words
-from common import GRID, MEAN, POINTING, QUESTIONS, SIDE, STD, Files, Pictures, Pointer, Rows, Stage, Trainer
+from common import GRID, MEAN, POINTING, QUESTIONS, SIDE, STD, Pictures, Pointer, Rows, Stage, Trainer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -167,6 +167,7 @@ class Throwaway(nn.Module):
 
 class QwenVLTrainer(Trainer):
     aspects = ("wide", "tall")
+    store = Views
     stages = (
         Stage("vision", 500, 64, 1.5e-3, scored=False),
         Stage("tune", 600, 32, 1e-3),
@@ -187,11 +188,6 @@ class QwenVLTrainer(Trainer):
         self.encoder = VisionEncoder(visual)
         look_around(visual.attn_pool)
         self.heads = Throwaway()
-        folder = self.work.parent
-        self.views, self.validation_views = (
-            {aspect: Views(folder, aspect, split, count) for aspect in self.aspects}
-            for split, count in (("train", self.arguments.views), ("validation", self.arguments.validation))
-        )
 
     def begin(self, stage: Stage, fresh: bool) -> None:
         if stage.name == "vision" and fresh:
@@ -204,13 +200,6 @@ class QwenVLTrainer(Trainer):
                 (self.model.transformer.wte.weight, self.source.get_input_embeddings().weight),
                 (self.model.lm_head.weight, self.source.lm_head.weight),
             )  # fmt: skip
-
-    @classmethod
-    def draw_pictures(cls, arguments: argparse.Namespace) -> None:
-        super().draw_pictures(arguments)
-        for aspect in cls.aspects:
-            for split, count in (("train", arguments.views), ("validation", arguments.validation)):
-                Views.draw(Path(arguments.work), aspect, split, count, arguments.processes)
 
     @property
     def tower(self) -> Any:
@@ -288,10 +277,22 @@ class QwenVLTrainer(Trainer):
     def save(self, folder: Path) -> None:
         """The files of a checkpoint, named and written as the published ones are; transformers has no such model."""
         folder.mkdir(parents=True)
-        ranks = write_ranks(folder)
         state = {name: value.detach().half().contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-        end = ranks + qwen_vl.ADDED.index(qwen_vl.END_OF_TEXT)
+        self.processor().save_pretrained(folder)
+
+    def processor(self) -> Published:
+        return Published(self.config)
+
+
+@dataclass
+class Published:
+    """Configuration and tokenizer as they are published."""
+
+    config: dict[str, Any]
+
+    def save_pretrained(self, folder: Path) -> None:
+        end = write_ranks(folder) + qwen_vl.ADDED.index(qwen_vl.END_OF_TEXT)
         generation = {
             "chat_format": "chatml",
             "eos_token_id": end,
@@ -303,6 +304,3 @@ class QwenVLTrainer(Trainer):
             ("config.json", self.config), ("generation_config.json", generation), ("tokenizer_config.json", tokenizer),
         ):  # fmt: skip
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def processor(self) -> Files:
-        raise NotImplementedError("Qwen-VL is saved whole")
