@@ -7,6 +7,7 @@
     │   └── WeightsError              missing, truncated, pickled or wrongly shaped weights
     ├── ExportError                   the graph that came out is not what was declared
     ├── RecipeError                   a quantization recipe that cannot be read or applied
+    ├── CalibrationError              a calibration set that cannot be used
     ├── BundleError                   the bundle on disk
     │   ├── ManifestError             edgevlm.json is unreadable, inconsistent or of a newer schema
     │   └── IntegrityError            a file is missing, changed, or lies outside the bundle
@@ -15,6 +16,7 @@
     │   ├── PromptError               places and pictures do not match, a template that fails
     │   └── CapacityError             longer than the KV cache
     ├── OutputError                   the output folder exists, the disk is full
+    ├── ClusterError                  the Ray cluster: none there, too small, or its workers fail
     └── MissingDependencyError        a package is not installed; names the extra that has it
 
 Each text says what was asked, what exists, and what to do. Foreign exceptions are mapped where they enter, with
@@ -25,9 +27,11 @@ from __future__ import annotations
 
 __all__ = [
     "BundleError",
+    "CalibrationError",
     "CapacityError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "ClusterError",
     "EdgeVLMError",
     "ExportError",
     "ImageError",
@@ -71,6 +75,10 @@ class RecipeError(EdgeVLMError):
     """A quantization recipe cannot be read or applied."""
 
 
+class CalibrationError(EdgeVLMError):
+    """A calibration set cannot be used."""
+
+
 class BundleError(EdgeVLMError):
     """The bundle cannot be used."""
 
@@ -101,6 +109,10 @@ class CapacityError(InputError):
 
 class OutputError(EdgeVLMError):
     """The result cannot be written."""
+
+
+class ClusterError(EdgeVLMError):
+    """The machines that share the work cannot be used, or fail at it."""
 
 
 class MissingDependencyError(EdgeVLMError):

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from .boxes import Box, read_boxes
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
 from .errors import CapacityError, ImageError, InputError, ManifestError, PromptError
 from .generate import Decoder, PrefixCache, Sampling, choose_token
 from .images import ImageProcessor, PixelRange, image_digest, load_image
 from .models import Embedded, family_by_name, parts_needed
-from .prompt import ChatTemplate, Prompt, PromptBuilder, TextStream, Tokenizer, Video, normalize_request
+from .prompt import ChatTemplate, Prompt, PromptBuilder, Request, TextStream, Tokenizer, Video, normalize_request
 from .runtimes import Choice, PartSession, open_part
 
 __all__ = ["VLM", "Piece", "Reply", "Seen", "Stream", "Timings"]
@@ -214,7 +214,9 @@ class VLM:
             (manifest.video.token, manifest.video.token_id) if manifest.video else None,
         )  # fmt: skip
         self._stop = _stop_ids(bundle.folder, tokenizer)
-        self._cache = PrefixCache(Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention))
+        if sessions:
+            decoder = Decoder(sessions["decoder"], manifest.kv_cache, capacity, cross=manifest.cross_attention)
+            self._cache = PrefixCache(decoder)
         self._any_size = manifest.patches is not None or self._processor.tiles is not None
         self._reads_prompt = manifest.decoder_start_id is not None  # in an encoder, and the decoder has the answer alone
         self._features = _Features()
@@ -232,6 +234,7 @@ class VLM:
         max_tiles: int | None = None,
         visual_tokens: int | None = None,
         check_files: bool = True,
+        opener: Callable[..., tuple[PartSession, Choice]] = open_part,
     ) -> VLM:
         """Loads a bundle.
 
@@ -240,18 +243,13 @@ class VLM:
         part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
         limits the cores of each part. `visual_tokens` is the most places that a picture (or a film) may take in the prompt,
         `max_tiles` the most tiles that it is cut into: fewer see less detail, sooner. `check_files` compares every file
-        with its hash (about a second a gigabyte).
+        with its hash (about a second a gigabyte). `opener` stands in for what opens the parts (calibration records there).
 
         Raises BundleError and its kinds, InputError, MissingDependencyError.
         """
         opened = Bundle.open(bundle, check_files=check_files)
         manifest = opened.manifest
-        if capacity is None:
-            capacity = min(manifest.context_length, 4096)
-        if not isinstance(capacity, int) or not 2 <= capacity <= manifest.context_length:
-            raise InputError(
-                f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
-            )
+        capacity = _check_capacity(capacity, manifest)
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
         missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
@@ -260,16 +258,18 @@ class VLM:
                 f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
                 "Export the checkpoint again."
             )
-        processor = ImageProcessor.from_config({**_preprocessor_config(opened.folder), **manifest.image_options})
-        processor = processor.limit(places=manifest.image.places, max_tiles=max_tiles, visual_tokens=visual_tokens)
-        _check_places(opened, processor)
-        film = ImageProcessor.from_config(_film_config(opened.folder)) if manifest.video else None
-        _check_places(opened, film)
+        processors = _open_processors(opened, max_tiles, visual_tokens)
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
         for name, part in manifest.parts.items():
-            sessions[name], backends[name] = open_part(opened.part_path(name), name, part, backend=backend, threads=threads)
-        return cls(opened, sessions, backends, capacity, (processor, film), visual_tokens)
+            sessions[name], backends[name] = opener(opened.part_path(name), name, part, backend=backend, threads=threads)
+        return cls(opened, sessions, backends, capacity, processors, visual_tokens)
+
+    @classmethod
+    def without_parts(cls, bundle: Bundle, *, capacity: int | None = None, visual_tokens: int | None = None) -> VLM:
+        """What reads requests, and no more: the parts, which answer, are somebody else's. See `load`."""
+        processors = _open_processors(bundle, None, visual_tokens)
+        return cls(bundle, {}, {}, _check_capacity(capacity, bundle.manifest), processors, visual_tokens)
 
     def generate(
         self,
@@ -311,23 +311,13 @@ class VLM:
         """As `generate`, piece by piece. The request is checked here; the work begins with the first piece."""
         called = time.perf_counter()
         sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
-        request = normalize_request(prompt, images, messages)
-        pictures = [self._load(source) for source in request.images]
-        built = self._family.build_prompt(self._builder, self.bundle.manifest, request.with_images(pictures))
-        if len(built.ids) + 1 > self.capacity:
-            visual = sum(length for _, length in built.places)
-            smaller = f" Pictures take {visual} of them; visual_tokens bounds what one may take." if self._any_size else ""
-            raise CapacityError(
-                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
-                f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
-                f"(this model: up to {self.bundle.manifest.context_length}).{smaller}"
-            )
+        built, pictures = self._read_request(normalize_request(prompt, images, messages))
         timings = Timings(prompt_tokens=len(built.ids))
         seen = tuple(self._seen(picture) for picture in pictures)
         result: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": "closed", "pictures": seen}
         views = []
         for picture in pictures:
-            view = View(_digest(picture), built.instruction)
+            view = View(picture_digest(picture), built.instruction)
             # What is known now is held on to: other answers may push it out of the cache before this one has its turn.
             view.known = {key: kept for key in (view.digest, view.key) if (kept := self._features.kept.get(key)) is not None}
             view.pixel_values = None if view.known else self._pixels(picture)
@@ -346,6 +336,20 @@ class VLM:
         return Stream(pieces(), result, timings)
 
     # ------------------------------------------------------------------------------------------- inside
+
+    def _read_request(self, request: Request) -> tuple[Prompt, list[Any]]:
+        """The prompt, and the pictures as PIL has them."""
+        pictures = [self._load(source) for source in request.images]
+        built = self._family.build_prompt(self._builder, self.bundle.manifest, request.with_images(pictures))
+        if len(built.ids) + 1 > self.capacity:
+            visual = sum(length for _, length in built.places)
+            smaller = f" Pictures take {visual} of them; visual_tokens bounds what one may take." if self._any_size else ""
+            raise CapacityError(
+                f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
+                f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
+                f"(this model: up to {self.bundle.manifest.context_length}).{smaller}"
+            )
+        return built, pictures
 
     def _load(self, source: Any) -> Any:
         """A PIL picture, or a `Video` of PIL pictures."""
@@ -561,11 +565,11 @@ class VLM:
             yield Piece(rest, None)
 
 
-def _digest(picture: Any) -> str:
+def picture_digest(picture: Any) -> str:
     """Stands for the pixels of a picture, or of all frames of a film."""
     if not isinstance(picture, Video):
         return image_digest(picture)
-    return "video " + hashlib.blake2b("".join(map(_digest, picture.frames)).encode(), digest_size=32).hexdigest()
+    return "video " + hashlib.blake2b("".join(map(picture_digest, picture.frames)).encode(), digest_size=32).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -592,6 +596,30 @@ def _film_config(folder: Path) -> dict[str, Any]:
     )
     found = found or {k: v for k, v in _preprocessor_config(folder).items() if k != "image_processor_type"}
     return {**found, "image_processor_type": found.get("video_processor_type", "Qwen2VLVideoProcessor")}
+
+
+def _check_capacity(capacity: int | None, manifest: Manifest) -> int:
+    """What was asked for, or the default. Raises InputError."""
+    if capacity is None:
+        capacity = min(manifest.context_length, 4096)
+    if not isinstance(capacity, int) or not 2 <= capacity <= manifest.context_length:
+        raise InputError(
+            f"The capacity asked for is {capacity!r}; it is 2 to {manifest.context_length}, this model's context length."
+        )
+    return capacity
+
+
+def _open_processors(
+    bundle: Bundle, max_tiles: int | None, visual_tokens: int | None
+) -> tuple[ImageProcessor, ImageProcessor | None]:
+    """Those of pictures and of films."""
+    manifest = bundle.manifest
+    processor = ImageProcessor.from_config({**_preprocessor_config(bundle.folder), **manifest.image_options})
+    processor = processor.limit(places=manifest.image.places, max_tiles=max_tiles, visual_tokens=visual_tokens)
+    _check_places(bundle, processor)
+    film = ImageProcessor.from_config(_film_config(bundle.folder)) if manifest.video else None
+    _check_places(bundle, film)
+    return processor, film
 
 
 def _check_places(bundle: Bundle, processor: ImageProcessor | None) -> None:

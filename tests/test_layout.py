@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "graphs": {"bundle", "errors", "tensors"},
     "models": {"bundle", "errors", "images", "prompt"},
     "runtimes": {"bundle", "errors"},
-    "quant": {"bundle", "errors", "graphs", "tensors"},
+    # What runs bundles is above `quant`; it knows the default calibration set, and nothing else of it.
+    "quant": {"bundle", "calibration", "errors", "graphs", "tensors"},
+    "calibration": {"bundle", "errors", "images", "prompt", "runtimes", "scenes", "vlm"},
     "export": {"bundle", "errors", "graphs", "models", "quant", "tensors"},
     "generate": {"bundle", "errors", "runtimes"},
     "images": {"errors"},
