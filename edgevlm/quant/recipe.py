@@ -141,6 +141,7 @@ RECIPES = {
         Recipe("int4", _decoder_in("int4", algorithm="awq")),
         Recipe("int4-rtn", _decoder_in("int4")),
         Recipe("int4-gptq", _decoder_in("int4", algorithm="gptq")),
+        Recipe("int4-awq-gptq", _decoder_in("int4", algorithm="awq-gptq")),
         Recipe("w8a8", (_BIASES, *(Rule("w8a8", part, optional=True) for part in _VISION), Rule("int8"))),
         Recipe("nf4", _decoder_in("nf4")),
         Recipe("fp4", _decoder_in("fp4")),
