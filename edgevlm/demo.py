@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, Bundle
 from .errors import InputError, OutputError
-from .evaluate import Score, blind_answers, score_answers, score_scenes
+from .evaluation.scene_scores import Score, blind_answers, score_answers, score_scenes
 from .export.checkpoint import ASSETS
 from .export.export import export_bundle
 from .quant.quantize import quantize_bundle
 from .scenes import KINDS, Question, heldout_questions, render_scene, sample_scene
+from .speed import measure_speed
 from .tables import print_report
 from .verify import verify_bundle
 from .vlm import VLM
@@ -27,7 +27,8 @@ ANY_ASPECT = ("internvl", "qwen-vl", "qwen2-vl")
 MODELS = tuple(
     name for name in ("llava", "blip2", "flamingo", *ANY_ASPECT) if (ASSETS / "demo" / name / "config.json").is_file()
 )
-BUNDLES = ("float", "int8", "int4")
+#: The float bundle, and recipes: `int4` is calibrated on training scenes, `int4-rtn` rounds to nearest.
+BUNDLES = ("float", "int8", "int4", "int4-rtn")
 SCENE = 11_000_067
 QUESTIONS = ("How many balls are there?", "Is the red ball left of the yellow star?", "Describe the scene.")
 SHOTS = (0, 4, 8)
@@ -152,21 +153,3 @@ def _score_table(title: str, scores: dict[str, Score], table_class: Any) -> Any:
     for name, score in scores.items():
         table.add_row(name, *(f"{score.percent(kind):.1f}" for kind in KINDS), f"[bold]{score.percent():.1f}")
     return table
-
-
-def measure_speed(folders: dict[str, Path], rounds: int = 12) -> dict[str, dict[str, float]]:
-    """Medians over new pictures, the bundles in turn; each has answered about another picture before."""
-    names = ("vision", "prefill", "first_token", "tokens_per_second")
-    models = {kind: VLM.load(folder) for kind, folder in folders.items()}
-    taken: dict[str, list[Any]] = {kind: [] for kind in models}
-    for number in range(rounds + 1):
-        picture = render_scene(sample_scene(11_900_000 + number))
-        for kind, vlm in models.items():
-            reply = vlm.generate("Describe the scene.", images=[picture])
-            if number:
-                times = {name: getattr(reply.timings, name) for name in names}
-                taken[kind].append(times | {"visual_tokens": sum(seen.tokens for seen in reply.pictures)})
-    return {
-        kind: {name: statistics.median(times[name] for times in every) for name in (*names, "visual_tokens")}
-        for kind, every in taken.items()
-    }

@@ -21,6 +21,8 @@ __all__ = ["EXTRAS", "Finding", "examine", "missing_modules"]
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "quantize": ("onnx_ir", "ml_dtypes"),
+    "eval": ("matplotlib", "pycocoevalcap", "scipy"),
+    "ray": ("ray",),
     "export": ("torch", "transformers", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub"),
 }
 
@@ -98,12 +100,10 @@ def _backends() -> list[Finding]:
         except MissingDependencyError as exc:
             findings.append(Finding(f"backend {name}", "no runtime installed", False, str(exc)))
             continue
+        found = "usable" if reason is None else f"not usable: {reason}"
+        caches = f"KV cache in {', '.join(backend.kv_dtypes)}{f' ({backend.kv_note})' if backend.kv_note else ''}"
         # A GPU that is missing is no fault of a CPU box.
-        findings.append(
-            Finding(
-                f"backend {name}", "usable" if reason is None else f"not usable: {reason}", True if reason is None else None
-            )
-        )
+        findings.append(Finding(f"backend {name}", f"{found}; {caches}", True if reason is None else None))
     return findings
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from edgevlm.bundle import Bundle
 from edgevlm.demo import ANY_ASPECT, BUNDLES, MODELS, QUESTIONS, SHOTS, run_demo
 from edgevlm.errors import InputError, OutputError
-from edgevlm.evaluate import score_scenes
+from edgevlm.evaluation.scene_scores import score_scenes
 from edgevlm.export.checkpoint import ASSETS
 from edgevlm.export.export import export_bundle
 from edgevlm.scenes import KINDS, heldout_questions

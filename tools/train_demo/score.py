@@ -19,7 +19,7 @@ from jinja2 import Environment
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from edgevlm.evaluate import worked_examples
+from edgevlm.evaluation.scene_scores import worked_examples
 from edgevlm.scenes import KINDS, Question, Scene, heldout_questions, render_scene
 
 CAMERA = 224

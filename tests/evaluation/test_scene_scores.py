@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgevlm.evaluate import Score, blind_answers, score_answers, score_scenes
+from edgevlm.evaluation.scene_scores import Score, blind_answers, score_answers, score_scenes
 from edgevlm.scenes import ASPECTS, KINDS, Question, heldout_questions
 from edgevlm.vlm import VLM, Reply, Timings
 

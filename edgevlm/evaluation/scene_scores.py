@@ -1,4 +1,5 @@
-"""Scores on questions with one right answer: exact match by kind, and what a blind answer would reach."""
+"""Scores on scenes alone, for models that were trained on them: exact match by kind, with worked examples before a question,
+and what a blind answer would reach."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .scenes import KINDS, SPLITS, Question, Scene, ask, ask_all, render_scene, sample_scene
-from .vlm import VLM
+from ..scenes import KINDS, SPLITS, Question, Scene, ask, ask_all, render_scene, sample_scene
+from ..vlm import VLM
+from .metrics import is_exact
 
 __all__ = ["Score", "blind_answers", "score_answers", "score_scenes", "worked_examples"]
 
@@ -37,7 +39,7 @@ def score_answers(pairs: Iterable[tuple[Question, str]]) -> Score:
     asked: Counter[str] = Counter()
     for question, answer in pairs:
         asked[question.kind] += 1
-        right[question.kind] += answer.strip() == question.answer
+        right[question.kind] += is_exact(answer, [question.answer])
     return Score({kind: right[kind] for kind in asked}, dict(asked))
 
 
