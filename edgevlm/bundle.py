@@ -41,6 +41,7 @@ __all__ = [
     "TensorInfo",
     "check_output",
     "publish_bundle",
+    "scratch_folder",
 ]
 
 MANIFEST = "edgevlm.json"
@@ -63,13 +64,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Part:
-    """One ONNX graph. `weights` counts the bytes of its initializers by dtype."""
+    """One ONNX graph. `weights` counts the bytes of its initializers by dtype. `onnxruntime_only` says what in it is beyond the
+    form that TensorRT reads too; nothing, mostly."""
 
     file: str
     nodes: int
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
     weights: dict[str, int]
+    onnxruntime_only: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -79,7 +82,8 @@ class Part:
 
 @dataclass(frozen=True)
 class KVCache:
-    """`2 · layers` tensors `past_key_values.N.key|value`, `[batch, heads, capacity, head_dim]`, updated in place."""
+    """`2 · layers` tensors `past_key_values.N.key|value`, `[batch, heads, capacity, head_dim]`, updated in place: floats as the
+    decoder computes in, or int8."""
 
     layers: int
     heads: int
@@ -88,7 +92,7 @@ class KVCache:
 
     def bytes_per_token(self) -> int:
         """Bytes one position takes over all layers, for one sequence."""
-        return 2 * self.layers * self.heads * self.head_dim * (2 if self.dtype == "float16" else 4)
+        return 2 * self.layers * self.heads * self.head_dim * {"int8": 1, "float16": 2}.get(self.dtype, 4)
 
 
 @dataclass(frozen=True)
@@ -382,6 +386,24 @@ def publish_bundle(output: str | os.PathLike[str], *, force: bool = False) -> It
         raise OutputError(f"{path} cannot be written: {exc}.") from exc
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder on the disk of `output`, hidden beside it, that is removed in the end. Raises OutputError."""
+    path = Path(output)
+    place = path.with_name(f"scratch-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(place)
+        folder = path.parent / f".{place.name}.{os.getpid()}.part"
+        folder.mkdir()
+    except OSError as exc:
+        raise OutputError(f"{path} cannot be written: {exc.strerror}.") from exc
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -5,13 +5,13 @@ Needs the `export` extra. It knows nothing of bundles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, GenerationConfig
+from transformers import AutoProcessor, GenerationConfig, StoppingCriteriaList
 
 from .models import Family, PartSpec
 from .prompt import Prompt, Request
@@ -58,6 +58,18 @@ class Reference:
                 return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
         return np.asarray(torch.stack(out.logits)[:, 0].float().numpy())
+
+    def answer(self, prompt: Prompt, pixel_values: np.ndarray, tokens: int, chosen: Callable[[int], bool]) -> None:
+        """Up to so many greedy tokens: `chosen` is given each of them as it comes, and says whether it is the last."""
+
+        def stop(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+            return torch.tensor([chosen(int(ids[0, -1]))])
+
+        with torch.no_grad():
+            self.model.generate(
+                **self._family.reference_inputs(self.model, prompt, pixel_values), max_new_tokens=tokens, do_sample=False,
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )  # fmt: skip
 
 
 def _greedy(config: Any) -> GenerationConfig:

@@ -19,7 +19,15 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["StoredTensor", "StreamedTensor", "WeightEntry", "column_blocks", "read_safetensors_index", "row_blocks"]
+__all__ = [
+    "StoredTensor",
+    "StreamedNibbles",
+    "StreamedTensor",
+    "WeightEntry",
+    "column_blocks",
+    "read_safetensors_index",
+    "row_blocks",
+]
 
 #: Bytes of float32 that one block of a weight may take while it is cast, transposed or quantized.
 BLOCK_BYTES = 32 << 20
@@ -30,6 +38,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+#: And those of weights that a checkpoint holds quantized.
+_INTEGERS: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -52,15 +67,20 @@ class WeightEntry:
         """Whether it is floating point of a width that can be read here (not FP8, not packed integers)."""
         return self.dtype in _DTYPES
 
+    @property
+    def mappable(self) -> bool:
+        """Whether numpy can map it: floating point as above, or integers."""
+        return self.dtype in _DTYPES or self.dtype in _INTEGERS
+
     def rows(self, first: int, count: int, period: int) -> WeightEntry:
         """The rows from `first` on, `count` of every `period`, as a tensor of its own. `period` divides the rows there are."""
         runs, rest = self.shape[0] // period, self.shape[1:]
-        row = math.prod(rest) * (_DTYPES[self.dtype].itemsize if self.readable else 1)
+        row = math.prod(rest) * (self._numpy_dtype().itemsize if self.mappable else 1)
         return replace(self, offset=self.offset + first * row, shape=(runs * count, *rest), runs=runs, stride=period)
 
     def map(self) -> np.ndarray:
         """The tensor, memory-mapped and read-only; of one in several runs a copy, where it has more than one dimension."""
-        dtype = _DTYPES[self.dtype]
+        dtype = self._numpy_dtype()
         if 0 in self.shape:
             return np.zeros(self.shape, dtype)
         if self.runs == 1:
@@ -69,6 +89,9 @@ class WeightEntry:
         whole = np.memmap(self.path, dtype, "r", self.offset, ((self.runs - 1) * self.stride * row + count * row,))
         steps = (self.stride * row * dtype.itemsize, dtype.itemsize)
         return np.lib.stride_tricks.as_strided(whole, (self.runs, count * row), steps, writeable=False).reshape(self.shape)
+
+    def _numpy_dtype(self) -> np.dtype[Any]:
+        return _DTYPES[self.dtype] if self.dtype in _DTYPES else _INTEGERS[self.dtype]
 
 
 def read_safetensors_index(path: Path) -> dict[str, WeightEntry]:
@@ -140,6 +163,23 @@ class StreamedTensor(_BlockTensor):
     def tofile(self, file: Any) -> None:
         for block in self._blocks():
             file.write(np.ascontiguousarray(block).data)
+
+
+class StreamedNibbles(StreamedTensor):
+    """A tensor of four-bit integers whose packed bytes `blocks` makes, two elements each, the first in the low half."""
+
+    @property
+    def nbytes(self) -> int:
+        return -(-self.size // 2)
+
+    def numpy(self) -> np.ndarray:
+        packed = np.concatenate([np.empty(0, np.uint8), *self._blocks()])
+        codes = np.stack([packed & 0xF, packed >> 4], -1).reshape(-1)[: self.size]
+        signed = self.dtype == ir.DataType.INT4
+        return ((codes ^ 8).astype(np.int8) - 8 if signed else codes).astype(self.dtype.numpy()).reshape(self.shape.numpy())
+
+    def tobytes(self) -> bytes:
+        return b"".join(block.tobytes() for block in self._blocks())
 
 
 class StoredTensor(_BlockTensor):

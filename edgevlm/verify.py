@@ -12,15 +12,16 @@ limits there only catch what is broken, not what is lossy: `reports/parity.json`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bundle import Bundle, CrossAttention
+from .bundle import Bundle, CrossAttention, Part
 from .errors import CheckpointError, PromptError
 from .export.checkpoint import open_checkpoint
+from .export.weights import float_folder
 from .generate import Decoder
 from .models import Family, family_for_config
 from .prompt import Prompt, Video, normalize_request
@@ -30,7 +31,7 @@ from .vlm import VLM, Timings, View
 if TYPE_CHECKING:
     from .reference import Reference
 
-__all__ = ["LIMITS", "Limit", "PartCheck", "Report", "SequenceCheck", "verify_bundle"]
+__all__ = ["LIMITS", "Limit", "PartCheck", "Report", "SequenceCheck", "pixel_values_of", "verify_bundle"]
 
 TOKENS = 64
 
@@ -147,8 +148,10 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     from .reference import Reference
 
     stage("loading the PyTorch model")
-    reference = Reference(checkpoint.folder, family)
+    with float_folder(checkpoint, stage) as plain:
+        reference = Reference(plain, family)
     theirs, ours = family.describe(checkpoint.folder, reference.model.config, bundle.manifest.dtype), bundle.manifest
+    theirs = replace(theirs, kv_cache=replace(theirs.kv_cache, dtype=ours.kv_cache.dtype))  # which a recipe may change
     if any(
         getattr(theirs, what) != getattr(ours, what)
         for what in ("vocab_size", "hidden_size", "kv_cache", "cross_attention", "image", "video", "patches")
@@ -157,7 +160,7 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
             f"{against} has other dimensions than the bundle {folder}; it is not the checkpoint it came from."
         )
     vlm = VLM.load(folder, backend="cpu", check_files=False)
-    kinds = {part: _kind(record.weights) for part, record in bundle.manifest.parts.items()}
+    kinds = {part: _kind(record) for part, record in bundle.manifest.parts.items()}
     worst = max(kinds.values(), key=list(LIMITS).index)
     report = Report(str(folder), against, worst, {kind: asdict(LIMITS[kind]) for kind in dict.fromkeys(kinds.values())})
 
@@ -193,8 +196,12 @@ def verify_bundle(folder: str | Path, against: str, *, stage: Callable[[str], No
     return report
 
 
-def _kind(weights: dict[str, int]) -> str:
-    return next(kind for kind in ("int4", "int8", "float16", "float32") if kind in weights)
+def _kind(part: Part) -> str:
+    """By the narrowest weights; whether integers have a sign is all one."""
+    if any("MatMulBnb4" in what for what in part.onnxruntime_only):  # whose codes are called uint8
+        return "int4"
+    kinds = {name.removeprefix("u") for name in part.weights}
+    return next(kind for kind in ("int4", "int8", "float16", "float32") if kind in kinds)
 
 
 @dataclass
@@ -215,7 +222,7 @@ def _prepare(vlm: VLM, reference: Reference, case: str, items: list[Any], report
     built = vlm._family.build_prompt(vlm._builder, vlm.bundle.manifest, request)
     ours = [vlm._pixels(picture) for picture in pictures]
     views = [View(f"{case} {i}", built.instruction, pixel_values=pixels) for i, pixels in enumerate(ours)]
-    made = _Prompt(case, built, views, _as_taken([_vision_inputs(vlm, view)["pixel_values"] for view in views]))
+    made = _Prompt(case, built, views, pixel_values_of(vlm, views))
     if reference.no_processor:
         return made
     theirs = reference.process(request, built.text)
@@ -228,6 +235,11 @@ def _prepare(vlm: VLM, reference: Reference, case: str, items: list[Any], report
             report.preprocessing.append(f"pixel values of {case!r}")
         made.pixel_values = pixels
     return made
+
+
+def pixel_values_of(vlm: VLM, views: list[View]) -> np.ndarray:
+    """Pixel values of all pictures of a prompt, as the model in PyTorch takes them."""
+    return _as_taken([_vision_inputs(vlm, view)["pixel_values"] for view in views])
 
 
 def _vision_inputs(vlm: VLM, view: View) -> dict[str, np.ndarray]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, WeightsError
+from ..errors import CheckpointError, CheckpointNotFoundError, WeightsError
 from ..models import aliases
 from ..tensors import WeightEntry, read_safetensors_index
+from .packed import PackedWeight, Quantization, find_older_quantization, find_quantization, split_packed
 
 __all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint", "read_weights"]
 
@@ -24,16 +25,22 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: what the user called it, its folder, its `config.json`, its weights by name."""
+    """A checkpoint on disk: what the user called it, its folder, its `config.json`, its weights by name.
+
+    Of one that is quantized already, `packed` has the weights of quantized layers, by the names that float ones would have.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     weights: dict[str, WeightEntry]
+    quantization: Quantization | None = None
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Raises CheckpointNotFoundError, CheckpointError (no `config.json`), or WeightsError; each says what to do."""
+    """Raises CheckpointNotFoundError, CheckpointError (no `config.json`), UnsupportedModelError (quantized in a way that is not
+    known here), or WeightsError; each says what to do."""
     folder, name = find_checkpoint(model)
     path = folder / "config.json"
     if not path.is_file():
@@ -52,13 +59,14 @@ def open_checkpoint(model: str) -> Checkpoint:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise CheckpointError(f"{path} has the 'architectures' {architectures!r}; it is a list of names.")
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
-        raise UnsupportedModelError(
-            f"{name} is already quantized ({method}). Export the checkpoint with float weights and quantize it with --quantize."
-        )
-    return Checkpoint(name, folder, config, _index_weights(folder, model, name))
+    quantization = find_quantization(config, name)
+    weights = _index_weights(folder, model, name)
+    if quantization is None and any(key.endswith(".qweight") for key in weights):
+        quantization = find_older_quantization(folder, name)
+    if quantization is None:
+        return Checkpoint(name, folder, config, weights)
+    weights, packed = split_packed(quantization, weights, name)
+    return Checkpoint(name, folder, config, weights, quantization, packed)
 
 
 def find_checkpoint(model: str, *, pickles: bool = False) -> tuple[Path, str]:

@@ -8,9 +8,11 @@ architectures.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +23,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError, WeightsError
+from ..errors import CheckpointError, OutputError, UnsupportedModelError, WeightsError
 from ..graphs import Progress
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
+from .packed import without_quantization
 
 __all__ = [
     "FLOATS",
@@ -31,6 +34,7 @@ __all__ = [
     "Source",
     "Weight",
     "blocks",
+    "float_folder",
     "listed",
     "mapped",
     "open_source",
@@ -91,6 +95,11 @@ def open_source(model: str, stage: Callable[[str], None]) -> Source:
     pickles = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
     if not pickles or any(folder.glob("*.safetensors")):
         checkpoint = open_checkpoint(model)
+        if checkpoint.quantization:
+            raise UnsupportedModelError(
+                f"{checkpoint.name} is already quantized ({checkpoint.quantization.method}); only float weights are converted. "
+                "`edgevlm export` takes some quantized checkpoints as they are."
+            )
         weights = {name: Weight(e.shape, e.dtype, mapped(e.map)) for name, e in checkpoint.weights.items()}
         return Source(checkpoint.name, checkpoint.folder, checkpoint.config, weights)
     config = read_json(folder / "config.json")
@@ -179,6 +188,33 @@ def listed(names: list[str]) -> str:
     """The first names of a list, for an error."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4]) or 'none'}{more}"
+
+
+@contextlib.contextmanager
+def float_folder(checkpoint: Checkpoint, stage: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+    """The checkpoint's folder; of a quantized one a temporary folder with the float32 weights that it stands for, which PyTorch
+    loads without the kernels of who quantized it. Raises OutputError where there is no room for them."""
+    if not checkpoint.quantization:
+        yield checkpoint.folder
+        return
+    stage(f"writing the float32 weights that {checkpoint.name} stands for")
+    weights = {name: Weight(e.shape, e.dtype, mapped(e.map)) for name, e in checkpoint.weights.items() if e.mappable}
+    weights |= {name: Weight(packed.shape, "F32", mapped(packed.dequantize)) for name, packed in checkpoint.packed.items()}
+    with tempfile.TemporaryDirectory(prefix="edgevlm-") as name:
+        folder = Path(name)
+        for path in checkpoint.folder.iterdir():
+            if path.name != "config.json" and path.suffix != ".safetensors" and ".safetensors." not in path.name:
+                (folder / path.name).symlink_to(path.resolve())
+        write_json(folder / "config.json", without_quantization(checkpoint.config))
+        try:
+            write_weights(folder, weights, SHARD_BYTES, None)
+        except OSError as exc:
+            size = sum(weight.nbytes for weight in weights.values())
+            raise OutputError(
+                f"The float32 weights of {checkpoint.name}, {size / 1e9:,.1f} GB, cannot be written to {folder.parent}: "
+                f"{exc.strerror}. TMPDIR names another place."
+            ) from exc
+        yield folder
 
 
 # ------------------------------------------------------------------------------------------------- writing

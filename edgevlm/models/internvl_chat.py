@@ -104,7 +104,6 @@ def check_config(config: Mapping[str, Any]) -> None:
         "pad2square (supported: pictures resized to tiles)": option["pad2square"],
         f"force_image_size {side} and positions for image_size {size} (supported: one size)": side not in (None, size),
         "LoRA weights (supported: merged ones)": option["use_backbone_lora"] or option["use_llm_lora"],
-        "a quantized decoder (supported: float weights, which --quantize takes)": language.get("quantization_config"),
         "tiles without the whole picture behind them (supported: use_thumbnail true)": (
             option["dynamic_image_size"] and most > 1 and not option["use_thumbnail"]
         ),

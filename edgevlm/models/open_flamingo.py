@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -579,17 +579,25 @@ def _torch() -> SimpleNamespace:
 
         @torch.no_grad()
         def generate(
-            self, input_ids: Tensor, pixel_values: Tensor | None = None, max_new_tokens: int = 20, **_: Any
+            self,
+            input_ids: Tensor,
+            pixel_values: Tensor | None = None,
+            max_new_tokens: int = 20,
+            stopping_criteria: Callable[..., Any] | None = None,
+            **_: Any,
         ) -> SimpleNamespace:
             """Greedy, for one prompt int64 `[1, S]`: `sequences` `[1, S + new]`, and `logits`, `[1, vocabulary]` a token.
 
-            It has no cache of keys and values and does not stop at an end token: a reference, not a way to answer.
+            It has no cache of keys and values and stops only where the criteria, given ids and logits, say so: a reference,
+            not a way to answer.
             """
             length, logits = input_ids.shape[1], []
             latents = None if pixel_values is None else self.encode_images(pixel_values)
             for _step in range(max_new_tokens):
                 logits.append(self.read(input_ids, latents, length)[:, -1])
                 input_ids = torch.cat([input_ids, logits[-1].argmax(-1, keepdim=True)], 1)
+                if stopping_criteria is not None and bool(stopping_criteria(input_ids, logits[-1])):
+                    break
             return SimpleNamespace(sequences=input_ids, logits=tuple(logits))
 
     class Decoder(CachedDecoder):

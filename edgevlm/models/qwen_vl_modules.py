@@ -512,12 +512,17 @@ class QwenVL(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, max_new_tokens: int = 20, **_: Any
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        max_new_tokens: int = 20,
+        stopping_criteria: Callable[..., Any] | None = None,
+        **_: Any,
     ) -> SimpleNamespace:
         """Greedy, for one prompt int64 `[1, S]`: `sequences` `[1, S + new]`, and `logits`, `[1, vocabulary]` a token.
 
-        It has no cache of keys and values and does not stop at an end token: a reference, not a way to answer. What the model
-        says itself never begins a picture.
+        It has no cache of keys and values and stops only where the criteria, given ids and logits, say so: a reference, not a
+        way to answer. What the model says itself never begins a picture.
         """
         features = None if pixel_values is None else self.encode_images(pixel_values)
         rows, logits = self.embed(input_ids, features), []
@@ -526,6 +531,8 @@ class QwenVL(nn.Module):
             token = logits[-1].argmax(-1, keepdim=True)
             input_ids = torch.cat([input_ids, token], 1)
             rows = torch.cat([rows, self.transformer.wte(token)], 1)
+            if stopping_criteria is not None and bool(stopping_criteria(input_ids, logits[-1])):
+                break
         return SimpleNamespace(sequences=input_ids, logits=tuple(logits))
 
 
