@@ -5,7 +5,7 @@
     FILE.jsonl              a line each: {"image": "a.jpg", "prompt": "What is this?", "answer": "A cup."}
 
 `images` may hold several, `file_name`, `question` and `text` are understood too, `answer` may be missing. Calibrating a
-vision-language model on text alone breaks it for pictures, so a set without any is refused.
+vision-language model on text alone breaks it for pictures, so a set without any is refused. Films are not understood.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .bundle import Bundle, Part
-from .errors import CalibrationError, ImageError
+from .errors import CalibrationError, ImageError, InputError
 from .images import load_image
 from .prompt import normalize_request
 from .runtimes import Choice, Memory, PartSession, State, open_part
@@ -44,11 +44,12 @@ _ANSWER = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model is shown: pictures, a request, and the answer it should be able to give (or "")."""
+    """What the model is shown: pictures, a request, and the answer it should be able to give (or ""). `name` is for errors."""
 
     pictures: Sequence[Path | Image.Image]
     prompt: str
     answer: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,28 @@ class CalibrationSet:
     def identity(self) -> Mapping[str, Any]:
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(json.dumps([sample.prompt, sample.answer]).encode())
+            digest.update(json.dumps([sample.prompt, sample.answer, len(sample.pictures)]).encode())
             for picture in sample.pictures:
-                digest.update(np.asarray(load_image(picture)).tobytes())
+                digest.update(picture_digest(load_image(picture)).encode())
         return {
             "source": self.source, "samples": len(self.samples), "seed": self.seed, "sha256": digest.hexdigest(),
         }  # fmt: skip
 
     def feeds(
-        self, bundle: Bundle, parts: Sequence[str], shelf: Callable[[np.ndarray], np.ndarray]
-    ) -> Mapping[str, Sequence[Mapping[str, np.ndarray]]]:
-        """What each of the parts is run with, sample by sample."""
-        recorded: dict[str, list[Mapping[str, np.ndarray]]] = {part: [] for part in parts}
-        vlm = VLM.load(bundle.folder, check_files=False, opener=_recorder(bundle, recorded, shelf))
-        for sample in self.samples:
-            feeds = _decoder_feeds(vlm, sample)
+        self, bundle: Bundle, parts: Sequence[str], shelf: Callable[[np.ndarray], Any]
+    ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """What each of the parts is run with, sample by sample. Raises CalibrationError where the model cannot take one."""
+        recorded: _Record = {part: [] for part in parts}
+        # Behind an encoder the decoder has the answer alone, which it has to give first where a sample has none.
+        closed = bundle.manifest.decoder_start_id is None or all(sample.answer for sample in self.samples)
+        opener = _recorder(recorded, shelf, closed=closed)
+        vlm = VLM.load(bundle.folder, capacity=bundle.manifest.context_length, check_files=False, opener=opener)
+        for number, sample in enumerate(self.samples, 1):
+            try:
+                feeds = _decoder_feeds(vlm, sample)
+            except InputError as exc:
+                where = sample.name or f"sample {number}"
+                raise CalibrationError(f"{where} of the calibration set {self.source} cannot be used: {exc}") from exc
             if "decoder" in recorded:
                 recorded["decoder"].append({name: shelf(array) for name, array in feeds.items()})
         return {part: feeds for part, feeds in recorded.items() if feeds}
@@ -90,8 +98,7 @@ def load_calibration(source: str | Path = "scenes", *, samples: int = SAMPLES, s
     if samples < 1:
         raise CalibrationError(f"The calibration should have {samples} samples; it needs 1 or more.")
     if str(source) == "scenes":
-        found = list(_scene_samples(samples, seed))
-        return CalibrationSet("scenes", found, seed)
+        return CalibrationSet("scenes", list(_scene_samples(samples, seed)), seed)
     path = Path(source)
     if path.is_dir():
         listed = sorted(path.glob("*.jsonl"))
@@ -106,13 +113,14 @@ def load_calibration(source: str | Path = "scenes", *, samples: int = SAMPLES, s
         raise CalibrationError(
             f"There is no calibration set {str(source)!r}: it is `scenes`, a .jsonl file, or a folder of pictures."
         )
-    if not any(sample.pictures for sample in found):
-        raise CalibrationError(
-            f"The {len(found)} samples of {path} have no picture. A vision-language model that is calibrated on text alone loses "
-            'its sight; give pictures ("image": …), or use `scenes`.'
-        )
     if len(found) > samples:
         found = [found[number] for number in sorted(random.Random(seed).sample(range(len(found)), samples))]
+    if not any(sample.pictures for sample in found):
+        raise CalibrationError(
+            f"The {len(found)} samples of {path} have no picture. A vision-language model that is calibrated on text alone "
+            'loses its sight; give pictures ("image": …), or use `scenes`.'
+        )
+    _require_pictures(found)
     return CalibrationSet(path.name, found, seed)
 
 
@@ -122,29 +130,29 @@ def _scene_samples(samples: int, seed: int) -> Iterator[Sample]:
     for number in range(samples):
         scene = sample_scene(rng.choice(SPLITS["train"]), aspects[number % len(aspects)])
         question = rng.choice(ask_all(scene))
-        yield Sample([render_scene(scene, _SIDE)], question.text, question.answer)
+        yield Sample([render_scene(scene, _SIDE)], question.text, question.answer, f"scene {number + 1}")
 
 
 def _bare_samples(folder: Path) -> list[Sample]:
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
     if not pictures:
         raise CalibrationError(f"{folder} has neither pictures ({', '.join(sorted(_PICTURES))}) nor a .jsonl file.")
-    _require_pictures([(path.name, [path]) for path in pictures])
-    return [Sample([path], _PROMPTS[number % len(_PROMPTS)]) for number, path in enumerate(pictures)]
+    return [Sample([path], _PROMPTS[number % len(_PROMPTS)], name=path.name) for number, path in enumerate(pictures)]
 
 
 def _listed_samples(path: Path) -> list[Sample]:
-    found: list[tuple[int, Sample]] = []
+    found: list[Sample] = []
     broken: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which cuts at characters that JSON has within texts. Windows begins files with a mark.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as exc:
         raise CalibrationError(f"{path} cannot be read: {exc}.") from exc
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            found.append((number, _sample_from(json.loads(line), path.parent)))
+            found.append(replace(_sample_from(json.loads(line), path.parent), name=f"line {number}"))
         except (ValueError, RecursionError) as exc:
             broken.append(f"line {number}: {exc}")
     if broken:
@@ -152,32 +160,32 @@ def _listed_samples(path: Path) -> list[Sample]:
         raise CalibrationError(f"{path} has {len(broken)} broken lines. {'; '.join(broken[:5])}{more}")
     if not found:
         raise CalibrationError(f"{path} has no samples.")
-    _require_pictures([(f"line {number}", sample.pictures) for number, sample in found])
-    return [sample for _, sample in found]
+    return found
 
 
 def _sample_from(entry: Any, folder: Path) -> Sample:
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     images = entry.get("images", entry.get("image", entry.get("file_name", [])))
-    images = [images] if isinstance(images, str) else images
+    images = [images] if isinstance(images, str) else images or []
     prompt = next((entry[key] for key in ("prompt", "question", "text") if key in entry), _PROMPTS[0])
     answer = entry.get("answer", "")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise ValueError('"image" is a path, "images" a list of paths')
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise ValueError('"prompt" and "answer" are texts')
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip():
+        raise ValueError('"prompt" and "answer" are texts, and the prompt says something')
+    "".join([prompt, answer, *images]).encode()  # half of a character, as "\ud83d" alone is
     return Sample([folder / image for image in images], prompt, answer)
 
 
-def _require_pictures(wanted: Sequence[tuple[str, Sequence[Any]]]) -> None:
+def _require_pictures(samples: Sequence[Sample]) -> None:
     bad = []
-    for where, pictures in wanted:
-        for picture in pictures:
+    for sample in samples:
+        for picture in sample.pictures:
             try:
                 load_image(picture)
             except ImageError as exc:
-                bad.append(f"{where}: {exc}")
+                bad.append(f"{sample.name}: {exc}")
     if bad:
         more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
         raise CalibrationError(f"{len(bad)} pictures of the calibration set cannot be used. {' '.join(bad[:5])}{more}")
@@ -186,12 +194,14 @@ def _require_pictures(wanted: Sequence[tuple[str, Sequence[Any]]]) -> None:
 # ------------------------------------------------------------------------------------------ recording
 
 
+#: What parts were given, run by run.
+_Record = dict[str, list[Mapping[str, Any]]]
+
+
 class _Recorded(PartSession):
     """Runs a part, and keeps what it was given."""
 
-    def __init__(
-        self, inner: PartSession, kept: list[Mapping[str, np.ndarray]], shelf: Callable[[np.ndarray], np.ndarray]
-    ) -> None:
+    def __init__(self, inner: PartSession, kept: list[Mapping[str, Any]], shelf: Callable[[np.ndarray], Any]) -> None:
         super().__init__(inner.name, inner.part)
         self._inner, self._kept, self._shelf = inner, kept, shelf
 
@@ -237,11 +247,10 @@ class _NoMemory(Memory):
 
 
 def _recorder(
-    bundle: Bundle, recorded: dict[str, list[Mapping[str, np.ndarray]]], shelf: Callable[[np.ndarray], np.ndarray]
+    recorded: _Record, shelf: Callable[[np.ndarray], Any], *, closed: bool
 ) -> Callable[..., tuple[PartSession, Choice]]:
     def open_recorded(path: Path, name: str, part: Part, **options: Any) -> tuple[PartSession, Choice]:
-        # Behind an encoder the decoder has the answer alone, which it has to give first where a sample has none.
-        if name == "decoder" and bundle.manifest.decoder_start_id is None:
+        if name == "decoder" and closed:
             return _Closed(name, part), Choice("none", {})
         session, choice = open_part(path, name, part, **options)
         kept = recorded.get(name)
@@ -254,14 +263,14 @@ def _decoder_feeds(vlm: VLM, sample: Sample) -> dict[str, np.ndarray]:
     """Runs the parts before the decoder; what the decoder would be run with for the whole prompt and answer at once."""
     manifest = vlm.bundle.manifest
     request = normalize_request(sample.prompt, list(sample.pictures), None)
-    pictures = [vlm._load(picture) for picture in request.images]
-    built = vlm._family.build_prompt(vlm._builder, manifest, request.with_images(pictures))
+    built, pictures = vlm._read_request(request)
     views = [View(picture_digest(p), built.instruction, pixel_values=vlm._pixels(p)) for p in pictures]
     feed = vlm._feed(built, views, Timings())
     answer = vlm._builder.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
     if not answer and manifest.decoder_start_id is not None:
         answer = vlm.generate(sample.prompt, images=list(sample.pictures), max_new_tokens=_ANSWER).tokens
     length = len(feed.keys)
+    answer = answer[: vlm.capacity - length]
     rows = np.concatenate([feed.rows(0, length), *([vlm._embed(answer)] if answer else [])])
     total = len(rows)
     part = manifest.parts["decoder"]
@@ -284,5 +293,8 @@ def _decoder_feeds(vlm: VLM, sample: Sample) -> dict[str, np.ndarray]:
     for name, info in part.inputs.items():
         if name.startswith("past_key_values."):
             shape = [{"batch_size": 1, "capacity": total}.get(d, 1) if isinstance(d, str) else d for d in info.shape]
-            feeds[name] = np.zeros(shape)
-    return {name: np.ascontiguousarray(feeds[name], part.inputs[name].dtype) for name in part.inputs}
+            # An empty cache of a large model takes a large part of a gigabyte: one zero says as much.
+            feeds[name] = np.broadcast_to(np.zeros((), info.dtype), shape)
+        else:
+            feeds[name] = np.ascontiguousarray(feeds[name], info.dtype)
+    return {name: feeds[name] for name in part.inputs}

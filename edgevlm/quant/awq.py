@@ -18,33 +18,32 @@ import numpy as np
 __all__ = ["search_factors"]
 
 _GRID = 20
-#: Rows and output channels that the search looks at.
-_ROWS, _CHANNELS = 512, 512
+#: Rows and output channels that the search looks at. Rows differ more than the channels of one layer do.
+_ROWS, _CHANNELS = 512, 128
 
 
 def search_factors(
     rows: np.ndarray,
     mean: np.ndarray,
     weights: Sequence[np.ndarray],
-    round_trip: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    round_trip: Callable[[np.ndarray], np.ndarray],
     tie: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Factors `[K]` for layers with the weights `[K, N]` that read rows `[R, K]` of mean magnitude `[K]`.
 
-    `round_trip(weight, importance)` is what quantization makes of a weight, `tie` makes factors equal that must be.
+    `round_trip` is what quantization makes of a weight, `tie` makes factors equal that must be.
     """
     rows = rows[np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).round().astype(int)]
     channels = [np.linspace(0, w.shape[1] - 1, min(_CHANNELS, w.shape[1])).round().astype(int) for w in weights]
-    weights = [weight[:, picked] for weight, picked in zip(weights, channels, strict=True)]
+    weights = [weight[:, picked].astype(np.float32) for weight, picked in zip(weights, channels, strict=True)]
     wanted = [rows @ weight for weight in weights]
     best, least = np.ones_like(mean), np.inf
     for step in range(_GRID + 1):
         factors = tie(_factors(mean, step / _GRID))
         scaled = rows / factors
-        importance = np.square(scaled).mean(0)
         error = 0.0
         for weight, target in zip(weights, wanted, strict=True):
-            rounded = round_trip(weight * factors[:, None], importance)
+            rounded = round_trip(weight * factors[:, None])
             error += float(np.square(scaled @ rounded - target, dtype=np.float64).sum())
         if error < least:
             best, least = factors, error

@@ -3,8 +3,8 @@ time.
 
 A graph is cut where the fewest values cross, so that a segment's weights stay below a bound (a layer, for a large model), and
 each segment runs over all samples before the next one. Weights enter a segment as inputs, memory-mapped from the bundle; values
-that cross, and what was recorded of the samples, lie in files that the operating system may drop from memory. So a model is
-calibrated that does not fit in memory.
+that cross, and what was recorded of the samples, lie in files, and are read when their turn comes. So a model is calibrated
+that does not fit in memory.
 
 Written here because calibrators (ONNX Runtime's, Olive's, Neural Compressor's) run the whole model with all its weights, and
 keep every activation. It knows nothing of families: feeds come from the caller.
@@ -12,6 +12,7 @@ keep every activation. It knows nothing of families: feeds come from the caller.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,7 @@ import onnx_ir as ir
 
 from ..errors import BundleError, MissingDependencyError
 
-__all__ = ["Feeds", "InputStats", "Segment", "Shelf", "run_segment", "segments_of"]
-
-#: What a part is run with, input by input.
-Feeds = Mapping[str, np.ndarray]
+__all__ = ["Array", "Feeds", "InputStats", "Segment", "Shelf", "Shelved", "run_segment", "segments_of"]
 
 #: Rows of a layer's input that are kept to measure errors with.
 ROWS = 1024
@@ -34,22 +32,47 @@ ROWS = 1024
 SEGMENT_BYTES = 1 << 30
 
 
-class Shelf:
-    """Arrays in a file of their own, so that only what is read is in memory."""
+class Shelved:
+    """An array in a file of its own, read anew each time it is looked at; the file goes when nobody can any more.
 
-    def __init__(self, folder: Path, smallest: int = 1 << 20) -> None:
+    Not a memory map: each of those keeps a file descriptor, and a model has more weights than a process may have of them.
+    """
+
+    def __init__(self, array: np.ndarray, path: Path) -> None:
+        self.shape, self.dtype, self._path = array.shape, array.dtype, path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+        with path.open("wb") as file:  # `ndarray.tofile` has no word for a disk that is full
+            file.write(np.ascontiguousarray(array).data)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.fromfile(self._path, self.dtype).reshape(self.shape)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+#: An array in memory, or on the shelf.
+Array = np.ndarray | Shelved
+#: What a part is run with, input by input.
+Feeds = Mapping[str, Array]
+
+
+class Shelf:
+    """A folder for arrays, so that only what is looked at is in memory."""
+
+    def __init__(self, folder: Path, smallest: int = 1 << 18) -> None:
         self._folder, self._smallest, self._count = folder, smallest, 0
 
-    def put(self, array: np.ndarray) -> np.ndarray:
-        """The same array, from a file where it is large."""
+    def put(self, array: np.ndarray) -> Array:
+        """The same array, in a file where it is large. One number that stands for all (a broadcast one) stays as it is."""
+        if array.ndim and not any(array.strides):
+            return array
         if array.nbytes < self._smallest:
             return np.array(array)
         self._count += 1
-        path = self._folder / f"{self._count}.npy"
-        np.save(path, array)
-        mapped: np.ndarray = np.load(path, mmap_mode="r")
-        path.unlink()  # the map keeps it, until nobody looks at it any more
-        return mapped
+        return Shelved(array, self._folder / str(self._count))
 
 
 @dataclass
@@ -72,6 +95,10 @@ class InputStats:
         if self.gram is not None:
             self.gram = self.gram / factors[:, None] / factors[None, :]
 
+    def some(self, most: int) -> np.ndarray:
+        """At most so many of the rows, evenly spread."""
+        return self.rows[np.linspace(0, len(self.rows) - 1, min(most, len(self.rows))).round().astype(int)]
+
     @property
     def importance(self) -> np.ndarray:
         """Mean square of each input, `[K]`."""
@@ -81,8 +108,8 @@ class InputStats:
 class _Collector:
     """Gathers the statistics of one value, sample by sample."""
 
-    def __init__(self, samples: int, *, gram: bool) -> None:
-        self._share, self._wanted = -(-ROWS // samples), gram
+    def __init__(self, samples: int, *, gram: bool, heads: bool) -> None:
+        self._share, self._wanted, self._heads = -(-ROWS // samples), gram, heads
         self._gram: np.ndarray | None = None
         self._rows: list[np.ndarray] = []
         self._count = 0
@@ -90,7 +117,7 @@ class _Collector:
         self._sum: Any = 0.0
 
     def add(self, x: np.ndarray) -> None:
-        if x.ndim == 4:  # heads: their numbers side by side
+        if self._heads:  # their numbers side by side
             x = x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1] * x.shape[3])
         rows = x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
         if not len(rows):
@@ -166,34 +193,37 @@ def run_segment(
     segment: Segment,
     weights: Mapping[str, np.ndarray],
     small: Sequence[ir.Value],
-    samples: list[dict[str, np.ndarray]],
+    samples: list[dict[str, Array]],
     watched: Iterable[str],
     opsets: Mapping[str, int],
     shelf: Shelf,
-    grams: frozenset[str] = frozenset(),
+    grams: Iterable[str] = (),
+    heads: Iterable[str] = (),
 ) -> dict[str, InputStats]:
     """Runs a segment over the samples, each a dictionary of the values there are so far, which gets what the segment gives.
 
     `weights` are fed as inputs, the `small` initializers are part of the graph. Returns the statistics of the `watched` values,
-    with Gram matrices of those in `grams`. A value of several heads, `[B, heads, S, D]`, counts as rows of `heads · D` numbers.
+    with Gram matrices of those in `grams`. Values in `heads`, `[B, heads, S, D]`, are watched too, as rows of `heads · D`
+    numbers.
     """
-    watched = list(dict.fromkeys(watched))
+    grams, heads = set(grams), set(heads)
+    watched = list(dict.fromkeys([*watched, *sorted(heads)]))
     produced = {value.name for node in segment.nodes for value in node.outputs}
     fetched = list(dict.fromkeys([*segment.gives, *(name for name in watched if name in produced)]))
-    collectors = {name: _Collector(len(samples), gram=name in grams) for name in watched}
+    collectors = {name: _Collector(len(samples), gram=name in grams, heads=name in heads) for name in watched}
     session = _session(segment, weights, small, samples[0], fetched, opsets) if fetched else None
     for sample in samples:
-        feeds = {name: np.ascontiguousarray(sample[name]) for name in segment.takes}
-        out = dict(zip(fetched, session.run(fetched, {**feeds, **weights}), strict=True)) if session else {}
+        feeds = {name: np.asarray(sample[name], order="C") for name in segment.takes}
+        out = dict(zip(fetched, _run(session, fetched, {**feeds, **weights}), strict=True)) if session else {}
         for name, collector in collectors.items():
-            collector.add(out[name] if name in out else sample[name])
+            collector.add(out[name] if name in out else np.asarray(sample[name]))
         for name in segment.gives:
             sample[name] = shelf.put(out[name])
     return {name: found for name, collector in collectors.items() if (found := collector.result()) is not None}
 
 
 def _session(
-    segment: Segment, weights: Mapping[str, np.ndarray], small: Sequence[ir.Value], sample: Mapping[str, np.ndarray],
+    segment: Segment, weights: Mapping[str, np.ndarray], small: Sequence[ir.Value], sample: Feeds,
     outputs: Sequence[str], opsets: Mapping[str, int],
 ) -> Any:  # fmt: skip
     try:
@@ -203,7 +233,7 @@ def _session(
             "Calibration runs the bundle's graphs with ONNX Runtime, which is not installed: `pip install 'edgevlm[cpu]'`."
         ) from exc
 
-    def typed(name: str, array: np.ndarray) -> Any:
+    def typed(name: str, array: Array) -> Any:
         return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
 
     graph = onnx.helper.make_graph(
@@ -223,3 +253,11 @@ def _session(
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions share no base class
         raise BundleError(f"ONNX Runtime cannot run a part of the graph for calibration: {exc}") from exc
+
+
+def _run(session: Any, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        found: list[np.ndarray] = session.run(outputs, feeds)
+    except Exception as exc:  # ONNX Runtime's exceptions share no base class
+        raise BundleError(f"ONNX Runtime stopped in a part of the graph that calibration runs: {exc}") from exc
+    return found

@@ -1,51 +1,76 @@
 """Exact rescaling of what goes into linear layers, so that the graph gains no operator.
 
 A layer's input `x` divided by factors, and the rows of its weights multiplied by them, is the same function. The division goes
-into what makes `x`: the scale of a norm, the columns and bias of a linear layer, through what commutes with it (a product with
-something else, ReLU, reshapes that keep the last dimension, attention, whose output is linear in the values). AWQ and
-SmoothQuant choose the factors. It knows nothing of methods.
+into what makes `x`: the scale and bias of a norm, or the columns and bias of a linear layer, through whatever commutes with it
+on the way:
+
+- a product with something else, ReLU
+- operators that only move numbers about (reshapes, transposes, slices: a layer that makes queries, keys and values in one)
+- attention, whose output is linear in the values, and the KV cache in front of it
+
+On the way back from `x`, every number carries its *slot*: the column of the weight (or number of the norm) that it comes from.
+Operators that move numbers are carried out on the slots. Nothing else may read what is divided. AWQ and SmoothQuant choose the
+factors; it knows nothing of methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from .rtn import stored_matrix
 
-__all__ = ["Fold", "consumers_of", "find_fold", "scale_rows", "weight_of"]
+__all__ = ["Fold", "consumers_of", "find_fold", "origin_of", "scale_rows", "weight_of"]
 
 _KEEPS_LAST = ("Unsqueeze", "Squeeze", "Reshape")
 
 
 @dataclass
 class Fold:
-    """A place that takes a division of `width` numbers. `divide` does it; numbers that share a place in `groups` of the same
-    number (`[width]`, or None) must share a factor. `cached` names the values that are divided on their way into the KV
-    cache."""
+    """A place that takes a division of `x`, `[…, K]`.
 
-    width: int
-    divide: Callable[[np.ndarray], None]
-    groups: np.ndarray | None = None
-    cached: str | None = None
+    `slots`, int `[K]`, are the places along the last dimension of every one of the `targets` that the numbers of `x` come
+    from; several of them may share one (query heads that share values). `cached` is what is divided on its way into the KV
+    cache, and the slots of its numbers, heads side by side.
+    """
+
+    slots: np.ndarray
+    targets: list[ir.Value]
+    cached: tuple[str, np.ndarray] | None = None
+
+    @property
+    def width(self) -> int:
+        """`K`."""
+        return len(self.slots)
 
     def tie(self, factors: np.ndarray) -> np.ndarray:
-        """The factors `[width]`, equal (geometric mean) where they must be."""
-        if self.groups is None:
-            return factors
-        sums = np.bincount(self.groups, np.log(factors))
-        return np.exp(sums / np.bincount(self.groups))[self.groups].astype(factors.dtype)
+        """The factors `[K]`, equal (geometric mean) where numbers share a slot."""
+        _, own, shared = np.unique(self.slots, return_inverse=True, return_counts=True)
+        logs = np.bincount(own, np.log(factors.astype(np.float64))) / shared
+        return np.exp(logs)[own].astype(factors.dtype)
 
-    def shared(self, factors: np.ndarray) -> np.ndarray:
-        """One factor a group, in the order of the groups."""
-        if self.groups is None:
-            return factors
-        own = np.empty(self.groups.max() + 1, factors.dtype)
-        own[self.groups] = factors
-        return own
+    def divide(self, factors: np.ndarray) -> bool:
+        """Divides by tied factors `[K]`. False, and nothing is changed, where a target's type cannot hold the result."""
+        divided = []
+        for target in self.targets:
+            array = stored_matrix(target.const_value)
+            own = np.ones(array.shape[-1], np.float32)
+            own[self.slots] = factors
+            divided.append(_as(target, array / own))
+        if not all(np.isfinite(array).all() for array in divided):
+            return False
+        for target, array in zip(self.targets, divided, strict=True):
+            target.const_value = ir.Tensor(array, name=target.name)
+        return True
+
+    def cached_factors(self, factors: np.ndarray) -> np.ndarray:
+        """What the numbers in the KV cache are divided by, heads side by side."""
+        assert self.cached is not None
+        own = dict(zip(self.slots.tolist(), factors.tolist(), strict=True))
+        return np.array([own[slot] for slot in self.cached[1].tolist()], factors.dtype)
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
@@ -65,7 +90,7 @@ def consumers_of(value: ir.Value) -> list[ir.Node] | None:
         node = use.node
         if weight_of(node) is not None and use.idx == 0:
             found.append(node)
-        elif node.op_type in _KEEPS_LAST and use.idx == 0 and _keeps_last(node):
+        elif use.idx == 0 and _keeps_last(node):
             more = consumers_of(node.outputs[0])
             if more is None:
                 return None
@@ -78,7 +103,7 @@ def consumers_of(value: ir.Value) -> list[ir.Node] | None:
 def origin_of(value: ir.Value) -> ir.Value:
     """What a value is before reshapes that keep its last dimension, as long as nothing else reads them."""
     node = value.producer()
-    while node is not None and node.op_type in _KEEPS_LAST and _keeps_last(node) and node.inputs[0] is not None:
+    while node is not None and _keeps_last(node) and node.inputs[0] is not None:
         if len(list(node.inputs[0].uses())) > 1 or node.inputs[0].is_graph_output():
             break
         value = node.inputs[0]
@@ -86,114 +111,312 @@ def origin_of(value: ir.Value) -> ir.Value:
     return value
 
 
-def find_fold(value: ir.Value, graph: ir.Graph) -> Fold | None:
+def find_fold(value: ir.Value) -> Fold | None:
     """Where a division of `value`, along its last dimension, can go; None where nothing takes it."""
-    node = value.producer()
-    if node is None or node.domain or value.is_graph_output():
+    trace = _Trace()
+    slots = trace.slots_of(value)
+    if slots is None or not trace.closed(value):
         return None
-    if node.op_type in ("RMSNormalization", "LayerNormalization"):
-        own = [v for v in node.inputs[1:3] if v is not None]
-        if not all(_only_here(v) for v in own):
-            return None
-        return Fold(_width(own[0]), lambda factors: _divide_all(own, factors))
-    if node.op_type == "MatMul":
-        weight = weight_of(node)
-        if weight is None or not _only_here(weight):
-            return None
-        return Fold(_width(weight), lambda factors: _divide(weight, factors))
-    if node.op_type == "Add":
-        bias = next((v for v in node.inputs if v is not None and v.is_initializer()), None)
-        rest = next((v for v in node.inputs if v is not None and v is not bias), None)
-        if bias is None or rest is None or not _only_here(bias) or not _read_once(rest):
-            return None
-        inner = find_fold(rest, graph)
-        if inner is None or inner.width != _width(bias):
-            return None
-
-        def divide(factors: np.ndarray) -> None:
-            inner.divide(factors)
-            _divide(bias, factors)
-
-        return Fold(inner.width, divide, inner.groups)
-    if node.op_type == "Mul":
-        for factor in node.inputs[::-1]:
-            if factor is not None and not factor.is_initializer() and _read_once(factor):
-                found = find_fold(factor, graph)
-                if found is not None and found.groups is None and found.width == _last(value):
-                    return found
+    rows = slots.reshape(-1, slots.shape[-1])
+    if not (rows == rows[0]).all():
         return None
-    if node.op_type == "Relu" or (node.op_type in _KEEPS_LAST and _keeps_last(node)):
-        source = node.inputs[0]
-        return find_fold(source, graph) if source is not None and _read_once(source) else None
-    if node.op_type == "Reshape":
-        return _through_attention(node, graph)
-    return None
-
-
-def _through_attention(reshape: ir.Node, graph: ir.Graph) -> Fold | None:
-    """`x = Reshape(Transpose(Attention(q, k, v)))`: into the linear layer that makes the values."""
-    transpose = _made_by(reshape.inputs[0], "Transpose")
-    attention = _made_by(transpose.inputs[0], "Attention") if transpose is not None else None
-    if transpose is None or attention is None or _permutation(transpose) != [0, 2, 1, 3]:
-        return None
-    values = attention.inputs[2]
-    if values is None or len(list(values.uses())) != 1:
-        return None
-    scatter = values.producer()
-    if scatter is not None and scatter.op_type == "TensorScatter":  # into the cache, whose content is divided then
-        values = scatter.inputs[1]
-    if values is None or (values.is_graph_output() and scatter is None):
-        return None
-    back = _made_by(values, "Transpose")
-    heads = _made_by(back.inputs[0], "Reshape") if back is not None else None
-    if back is None or heads is None or heads.inputs[0] is None or _permutation(back) != [0, 2, 1, 3]:
-        return None
-    shape, out = heads.outputs[0].shape, attention.outputs[0].shape
-    if shape is None or out is None or not all(isinstance(d, int) for d in (shape[2], shape[3], out[1], out[3])):
-        return None
-    kv_heads, width, query_heads = int(shape[2]), int(shape[3]), int(out[1])  # type: ignore[arg-type]
-    if out[3] != width or query_heads % kv_heads or not _read_once(heads.inputs[0]):
-        return None
-    inner = find_fold(heads.inputs[0], graph)
-    if inner is None or inner.width != kv_heads * width or inner.groups is not None:
-        return None
-    # Which number of the values each number of the output comes from.
-    source = np.arange(kv_heads * width).reshape(kv_heads, 1, width).repeat(query_heads // kv_heads, 1).reshape(-1)
-
-    fold = Fold(query_heads * width, lambda factors: inner.divide(fold.shared(factors)), source)
-    fold.cached = values.name if scatter is not None and scatter.op_type == "TensorScatter" else None
-    return fold
+    return Fold(rows[0], list(trace.targets), trace.cached)
 
 
 def scale_rows(weight: ir.Value, factors: np.ndarray) -> None:
     """Multiplies the rows of a weight `[K, N]` by factors `[K]`."""
-    _replace(weight, stored_matrix(weight.const_value) * factors[:, None].astype(np.float32))
+    scaled = stored_matrix(weight.const_value) * factors[:, None].astype(np.float32)
+    weight.const_value = ir.Tensor(_as(weight, scaled), name=weight.name)
 
 
-def _divide(value: ir.Value, factors: np.ndarray) -> None:
+def _as(value: ir.Value, array: np.ndarray) -> np.ndarray:
+    """An array in a value's type."""
     assert value.const_value is not None
-    array = stored_matrix(value.const_value)
-    _replace(value, array / factors.astype(np.float32))
+    with np.errstate(over="ignore"):
+        return array.astype(value.const_value.dtype.numpy())
 
 
-def _divide_all(values: list[ir.Value], factors: np.ndarray) -> None:
-    for value in values:
-        _divide(value, factors)
+# ------------------------------------------------------------------------------------------- tracing
 
 
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    assert value.const_value is not None
-    value.const_value = ir.Tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+@dataclass
+class _Trace:
+    """The way from a value back to what can be divided: the slots of every value on it, and the inputs that were followed."""
+
+    slots: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    followed: set[tuple[ir.Node, int]] = field(default_factory=set)
+    targets: dict[ir.Value, None] = field(default_factory=dict)
+    cached: tuple[str, np.ndarray] | None = None
+
+    def slots_of(self, value: ir.Value) -> np.ndarray | None:
+        """Slots in the shape of a value, dynamic dimensions as 1; None where a division cannot go through."""
+        if value in self.slots:
+            return self.slots[value]
+        node = value.producer()
+        if node is None or node.domain or (value.is_graph_output() and node.op_type != "TensorScatter"):
+            return None
+        through = _THROUGH.get(node.op_type)
+        slots = through(self, node) if through else self._moved(node, value) if node.op_type in _MOVES else None
+        slots = _fitted(slots, value) if slots is not None else None
+        if slots is not None:
+            self.slots[value] = slots
+        return slots
+
+    def closed(self, start: ir.Value) -> bool:
+        """Whether nothing reads what is divided on the way but what leads to `start` or what lies in other slots."""
+        for value, slots in self.slots.items():
+            for use in value.uses() if value is not start else ():
+                if (use.node, use.idx) in self.followed or use.node.op_type == "Shape":
+                    continue
+                others = [_move(use.node, slots, output) if use.idx == 0 else None for output in use.node.outputs]
+                if any(other is None or np.isin(other, self.slots[start]).any() for other in others):
+                    return False
+        return True
+
+    def _follow(self, node: ir.Node, place: int) -> np.ndarray | None:
+        source = node.inputs[place] if place < len(node.inputs) else None
+        slots = self.slots_of(source) if source is not None else None
+        if slots is not None:
+            self.followed.add((node, place))
+        return slots
+
+    def _take(self, *targets: ir.Value) -> np.ndarray | None:
+        """The slots of what the last dimension of these makes, if they may be changed."""
+        widths = {_width(target) for target in targets}
+        if len(widths) > 1 or not all(_only_here(target) for target in targets):
+            return None
+        self.targets.update(dict.fromkeys(targets))
+        return np.arange(widths.pop())
+
+    def norm(self, node: ir.Node) -> np.ndarray | None:
+        own = [value for value in node.inputs[1:3] if value is not None]
+        shape, axis = node.outputs[0].shape, node.attributes.get_int("axis", -1)
+        if axis != -1 and (shape is None or axis != len(shape) - 1):
+            return None
+        return self._take(*own) if all(v.const_value is not None and len(v.const_value.shape) == 1 for v in own) else None
+
+    def linear(self, node: ir.Node) -> np.ndarray | None:
+        weight = weight_of(node)
+        return self._take(weight) if weight is not None else None
+
+    def add(self, node: ir.Node) -> np.ndarray | None:
+        """A bias that is added to what something makes."""
+        for place, bias in enumerate(node.inputs):
+            if bias is None or not bias.is_initializer():
+                continue
+            slots = self._follow(node, 1 - place)
+            rows = slots.reshape(-1, slots.shape[-1]) if slots is not None else None
+            if rows is None or len(rows[0]) != _width(bias) or not (rows == np.arange(_width(bias))).all():
+                return None
+            return slots if self._take(bias) is not None else None
+        return None
+
+    def product(self, node: ir.Node) -> np.ndarray | None:
+        """One of the factors is divided, whichever can be."""
+        own = [place for place, factor in enumerate(node.inputs) if factor is not None and factor.is_initializer()]
+        for place in (1, 0):
+            factor = node.inputs[place]
+            if place not in own and factor is not None and len(list(factor.uses())) == 1:
+                kept = dict(self.slots), set(self.followed), dict(self.targets), self.cached
+                slots = self._follow(node, place)
+                if slots is not None and slots.shape[-1] == _last(node.outputs[0]):
+                    return slots
+                self.slots, self.followed, self.targets, self.cached = kept
+        # The scale of a norm that is no operator of its own.
+        factors = [value for place in own if (value := node.inputs[place]) is not None]
+        return self._take(factors[0]) if len(factors) == 1 and _width(factors[0]) == _last(node.outputs[0]) else None
+
+    def passed(self, node: ir.Node) -> np.ndarray | None:
+        return self._follow(node, 0)
+
+    def joined(self, node: ir.Node) -> np.ndarray | None:
+        """Pieces of a sequence, each with the same slots."""
+        axis, first = node.attributes.get_int("axis", 0), self._follow(node, 0)
+        whole = _along(first, axis % first.ndim) if first is not None and axis % first.ndim < first.ndim - 1 else None
+        for place in range(1, len(node.inputs)):
+            part = self._follow(node, place) if whole is not None else None
+            piece = _along(part, axis % part.ndim) if part is not None else None
+            if whole is None or piece is None or not np.array_equal(piece, whole):
+                return None
+        return whole
+
+    def attention(self, node: ir.Node) -> np.ndarray | None:
+        """What it makes is linear in the values, `[B, H_kv, S, D]`, that its query heads share in groups."""
+        if len(node.inputs) > 4 and any(value is not None for value in node.inputs[4:]):  # a cache of its own
+            return None
+        slots, shape = self._follow(node, 2), node.outputs[0].shape
+        values = _along(slots, 2) if slots is not None and slots.ndim == 4 else None
+        heads = shape[1] if shape is not None and len(shape) == 4 else None
+        if values is None or not isinstance(heads, int) or heads % values.shape[1]:
+            return None
+        return values.repeat(heads // values.shape[1], 1)
+
+    def scatter(self, node: ir.Node) -> np.ndarray | None:
+        """Values on their way into the cache, whose content is divided from then on."""
+        past, rows = node.inputs[0], node.inputs[1]
+        slots = self._follow(node, 1)
+        if past is None or past.producer() is not None or rows is None or slots is None or slots.ndim != 4:
+            return None
+        heads = _along(slots, 2)
+        if heads is None or len(heads) != 1 or self.cached is not None:
+            return None
+        self.cached = rows.name or "", heads.reshape(-1)
+        return heads
+
+    def _moved(self, node: ir.Node, value: ir.Value) -> np.ndarray | None:
+        slots = self._follow(node, 0)
+        return _move(node, slots, value) if slots is not None else None
 
 
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The operator that makes a value which nothing else reads."""
-    node = value.producer() if value is not None and _read_once(value) else None
-    return node if node is not None and node.op_type == op_type else None
+_THROUGH: dict[str, Callable[[_Trace, ir.Node], np.ndarray | None]] = {
+    "RMSNormalization": _Trace.norm,
+    "LayerNormalization": _Trace.norm,
+    "MatMul": _Trace.linear,
+    "Add": _Trace.add,
+    "Mul": _Trace.product,
+    "Relu": _Trace.passed,
+    "Identity": _Trace.passed,
+    "Concat": _Trace.joined,
+    "Attention": _Trace.attention,
+    "TensorScatter": _Trace.scatter,
+}
+
+# ------------------------------------------------------------------- operators that only move numbers
 
 
-def _read_once(value: ir.Value) -> bool:
-    return len(list(value.uses())) == 1 and not value.is_graph_output()
+def _move(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    """The slots of `value`, an output of an operator whose first input has these; None where it does more than move them."""
+    move = _MOVES.get(node.op_type) if not node.domain else None
+    moved = move(node, slots, value) if move else None
+    return _fitted(moved, value) if moved is not None else None
+
+
+def _reshape(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    sizes, source = _sizes(value), node.inputs[0]
+    if sizes is None:
+        return None
+    # Where dynamic dimensions stay where they are among the others, it is one of the others.
+    if source is not None and _runs(source) is not None and _runs(source) == _runs(value):
+        return slots.reshape(sizes)
+    # Rows that are all alike may become longer ones, whatever becomes of dynamic dimensions.
+    rows = slots.reshape(-1, slots.shape[-1])
+    if (rows == rows[0]).all() and isinstance(_last(value), int) and sizes[-1] % rows.shape[1] == 0:
+        return np.broadcast_to(np.tile(rows[0], sizes[-1] // rows.shape[1]), sizes)
+    return None
+
+
+def _squeeze(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    axes = _constant(node, 1)
+    return slots.squeeze(tuple(axes.tolist())) if axes is not None and all(slots.shape[a] == 1 for a in axes) else None
+
+
+def _unsqueeze(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    axes = _constant(node, 1)
+    return np.expand_dims(slots, tuple(axes.tolist())) if axes is not None else None
+
+
+def _transpose(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    attribute = node.attributes.get("perm")
+    return slots.transpose(list(attribute.as_ints())) if attribute is not None else slots.transpose()
+
+
+def _gather(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    axis, fixed = node.attributes.get_int("axis", 0) % slots.ndim, _constant(node, 1)
+    if fixed is not None and slots.shape[axis] == _size(node.inputs[0], axis):
+        return slots.take(fixed, axis)
+    alike = _along(slots, axis)
+    if alike is None or value.shape is None:
+        return None
+    new = range(axis, axis + len(value.shape) - slots.ndim + 1)
+    return np.expand_dims(alike.squeeze(axis), tuple(new))
+
+
+def _gather_elements(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    return _along(slots, node.attributes.get_int("axis", 0) % slots.ndim)
+
+
+def _slice(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    starts, ends, axes, steps = (_constant(node, place) for place in range(1, 5))
+    if axes is None:
+        return None
+    for number, axis in enumerate(axes.tolist()):
+        whole = slots.shape[axis] == _size(node.inputs[0], axis)
+        if whole and starts is not None and ends is not None and (steps is not None or len(node.inputs) < 5):
+            step = int(steps[number]) if steps is not None else 1
+            picked = [slice(None)] * slots.ndim
+            picked[axis] = slice(int(starts[number]), int(ends[number]), step)
+            slots = slots[tuple(picked)]
+            continue
+        alike = _along(slots, axis % slots.ndim)
+        if alike is None:
+            return None
+        slots = alike
+    return slots
+
+
+def _split(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    axis, count = node.attributes.get_int("axis", 0) % slots.ndim, len(node.outputs)
+    if slots.shape[axis] != _size(node.inputs[0], axis):
+        return _along(slots, axis)
+    sizes = _constant(node, 1) if len(node.inputs) > 1 else np.full(count, -(-slots.shape[axis] // count))
+    if sizes is None:
+        return None
+    return np.split(slots, np.cumsum(sizes)[:-1], axis)[list(node.outputs).index(value)]
+
+
+_MOVES: dict[str, Callable[[ir.Node, np.ndarray, ir.Value], np.ndarray | None]] = {
+    "Reshape": _reshape,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Transpose": _transpose,
+    "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "Slice": _slice,
+    "Split": _split,
+}
+
+
+def _fitted(slots: np.ndarray, value: ir.Value) -> np.ndarray | None:
+    """Slots in the shape of a value, whose dynamic dimensions are 1."""
+    sizes = _sizes(value)
+    if sizes is None:
+        return slots
+    try:
+        return np.broadcast_to(slots, sizes)
+    except ValueError:
+        return None
+
+
+def _along(slots: np.ndarray, axis: int) -> np.ndarray | None:
+    """What is the same all along an axis, which becomes 1 long."""
+    first = slots.take([0], axis)
+    return first if (slots == first).all() else None
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...] | None:
+    return tuple(d if isinstance(d, int) else 1 for d in value.shape) if value.shape is not None else None
+
+
+def _runs(value: ir.Value) -> list[int] | None:
+    """Products of the static dimensions between the dynamic ones."""
+    if value.shape is None:
+        return None
+    runs = [1]
+    for dim in value.shape:
+        if isinstance(dim, int):
+            runs[-1] *= dim
+        else:
+            runs.append(1)
+    return runs
+
+
+def _size(value: ir.Value | None, axis: int) -> object:
+    return value.shape[axis] if value is not None and value.shape is not None else None
+
+
+def _constant(node: ir.Node, place: int) -> np.ndarray | None:
+    value = node.inputs[place] if place < len(node.inputs) else None
+    return np.asarray(value.const_value.numpy()) if value is not None and value.const_value is not None else None
 
 
 def _only_here(value: ir.Value) -> bool:
@@ -205,17 +428,11 @@ def _width(value: ir.Value) -> int:
     return int(value.const_value.shape[-1]) if len(value.const_value.shape) else 1  # type: ignore[arg-type]
 
 
-def _last(value: ir.Value) -> object:
-    return value.shape[-1] if value.shape is not None and len(value.shape) else None
-
-
-def _permutation(node: ir.Node) -> list[int]:
-    attribute = node.attributes.get("perm")
-    return list(attribute.as_ints()) if attribute is not None else []
+def _last(value: ir.Value | None) -> object:
+    return value.shape[-1] if value is not None and value.shape is not None and len(value.shape) else None
 
 
 def _keeps_last(node: ir.Node) -> bool:
-    """Whether a reshape leaves the last dimension as it is."""
-    source = node.inputs[0]
-    before, after = (_last(source) if source is not None else None), _last(node.outputs[0])
-    return isinstance(before, int) and before == after
+    """Whether it is a reshape that leaves the last dimension as it is."""
+    before, after = _last(node.inputs[0]), _last(node.outputs[0])
+    return node.op_type in _KEEPS_LAST and isinstance(before, int) and before == after

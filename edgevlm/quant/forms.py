@@ -73,8 +73,11 @@ def write_gather(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
     assert tensor is not None
     lazy = _Quantized(lambda: rtn.quantize_int8_rows(tensor, tensor.dtype.numpy()))
     rows, width = _dims(weight)
-    table = _initializer(graph, f"{weight.name}.int8", ir.DataType.INT8, (rows, width), lazy.weight)
-    scales = _initializer(graph, f"{weight.name}.scales", tensor.dtype, (rows, 1), lazy.scales)
+    names = f"{weight.name}.rows.int8", f"{weight.name}.rows.scales"
+    if names[0] not in graph.initializers:  # the first reader of the table
+        _initializer(graph, names[0], ir.DataType.INT8, (rows, width), lazy.weight)
+        _initializer(graph, names[1], tensor.dtype, (rows, 1), lazy.scales)
+    table, scales = (graph.initializers[name] for name in names)
     ids, old = node.inputs[1], node.outputs[0]
     picked = ir.Node("", "Gather", [table, ids], name=f"{node.name}_rows")
     cast = ir.Node("", "Cast", [picked.outputs[0]], [ir.AttrInt64("to", int(tensor.dtype))], name=f"{node.name}_cast")

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from ..errors import RecipeError, WeightsError
 from . import awq, gptq, rtn
-from .calibrate import Feeds, InputStats, Segment, Shelf, run_segment, segments_of
-from .fold import consumers_of, find_fold, origin_of, scale_rows, weight_of
+from .calibrate import Array, Feeds, InputStats, Segment, Shelf, run_segment, segments_of
+from .fold import Fold, consumers_of, find_fold, origin_of, scale_rows, weight_of
 from .recipe import Recipe, Rule
 from .scales import search_scales
 from .smooth import smooth_factors
@@ -28,14 +28,18 @@ __all__ = ["Prepared", "block_of", "prepare_layers"]
 CODES = {"int4": (-8, 7), "int3": (-4, 3)}
 #: Weights of fewer bytes are part of a segment's graph, larger ones are fed to it.
 _SMALL = 1 << 16
+#: Calibration rows that the errors in the report are measured on, and about how many inputs at a time.
+_ROWS, _INPUTS = 128, 512
+#: What numbers of a float16 graph should stay below; its greatest is 65,504, and other samples may be louder.
+_FLOAT16 = 16384.0
 
 
 @dataclass
 class Prepared:
-    """What calibration decided: `weights`, by name, the codes (INT4: packed) and scales; `activations`, by the value's name, the
-    scale; `caches`, by the input's name, the largest magnitudes `[H, D]`; `layers`, a record of each for the report."""
+    """What calibration decided: `weights`, by name, the codes (INT4: packed) and scales; `activations`, by the name of the
+    node, the scale of its input; `caches`, by the input's name, the largest magnitudes `[H, D]`; `layers`, a record of each."""
 
-    weights: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    weights: dict[str, tuple[Array, np.ndarray]] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
     caches: dict[str, np.ndarray] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -58,6 +62,11 @@ class _Layer:
     def matrix(self) -> np.ndarray:
         return rtn.stored_matrix(self.weight.const_value)
 
+    def stored(self) -> np.ndarray:
+        """The weight as it is stored; a strip of it is cast faster, and in less memory, than the whole."""
+        assert self.weight.const_value is not None
+        return np.asarray(self.weight.const_value.numpy())
+
 
 def block_of(rule: Rule, part: str, weight: ir.Value) -> int:
     """Inputs that share a scale. Raises RecipeError where the weight has fewer than its rule asks for."""
@@ -68,7 +77,8 @@ def block_of(rule: Rule, part: str, weight: ir.Value) -> int:
     if rule.block_size > inner:
         raise RecipeError(
             f"The weight {weight.name} of the part {part} has {inner} inputs, fewer than the {rule.block_size} of a block that "
-            f"the recipe asks for. Give it a rule of its own with a smaller block_size (0: one scale a channel), or leave it float."
+            "the recipe asks for. Give it a rule of its own with a smaller block_size (0: one scale a channel), or leave it "
+            "float."
         )
     return rule.block_size or inner
 
@@ -83,26 +93,24 @@ def prepare_layers(
     graph, prepared = model.graph, Prepared()
     caches = _caches(graph) if recipe.kv_cache != "float" else {}
     segments = segments_of(graph)
-    samples: list[dict[str, np.ndarray]] = [dict(feed) for feed in feeds]
+    samples: list[dict[str, Array]] = [dict(feed) for feed in feeds]
     for number, segment in enumerate(segments):
         step(number, len(segments))
         layers = [layer for layer in _layers(segment, part, recipe) if layer.rule.calibrated]
-        watched = {layer.value: layer for layer in layers}
         here = [name for name in caches if caches[name] in segment.nodes]
         new = {name: caches[name].inputs[1].name or "" for name in here}  # type: ignore[union-attr]
-        grams = frozenset(layer.value for layer in layers if "gptq" in layer.rule.algorithm)
+        watched, grams = [layer.value for layer in layers], [x.value for x in layers if "gptq" in x.rule.algorithm]
         weights, small = _initializers(segment)
-        stats = run_segment(segment, weights, small, samples, [*watched, *new.values()], model.opset_imports, shelf, grams)
+        stats = run_segment(
+            segment, weights, small, samples, watched, model.opset_imports, shelf, grams=grams, heads=new.values()
+        )
         _forget(samples, segments[number + 1 :])
-        every, layers = (
-            layers,
-            list({layer.weight: layer for layer in layers}.values()),
-        )  # one for each weight, whoever reads it
-        for layer in every:
+        for layer in layers:
             _check(layer, part, stats.get(layer.value))
+        every, layers = layers, list({layer.weight: layer for layer in layers}.values())  # one a weight, whoever reads it
         nearest = {layer.weight: _nearest_error(layer, part, stats[layer.value]) for layer in layers}
         before = {layer.weight: layer.weight.const_value for layer in layers}
-        _fold(graph, segment, layers, stats)
+        _fold(segment, every, stats)
         for name, value in new.items():
             found = stats.get(value)
             if found is not None:
@@ -110,14 +118,20 @@ def prepare_layers(
                 prepared.caches[name] = found.peak.reshape(heads, -1)
         for layer in every:
             if layer.rule.method == "w8a8":
-                prepared.activations[layer.value] = activation_scale(stats[layer.value], layer.rule.range)
+                prepared.activations[layer.node.name or ""] = activation_scale(stats[layer.value], layer.rule.range)
         for layer in layers:
             _round(layer, part, stats[layer.value], nearest[layer.weight], prepared, shelf)
             layer.weight.const_value = before[layer.weight]  # its codes are what is kept
         for value in {v for node in segment.nodes for v in node.inputs if v is not None and v.is_initializer()}:
             if isinstance(value.const_value, ir.Tensor) and value.const_value.nbytes > _SMALL:
-                value.const_value = ir.Tensor(shelf.put(value.const_value.numpy()), name=value.name)
+                value.const_value = _shelved(value.const_value, shelf)
     return prepared
+
+
+def _shelved(tensor: ir.TensorProtocol, shelf: Shelf) -> ir.TensorProtocol:
+    array = shelf.put(np.asarray(tensor.numpy()))
+    shape, name = ir.Shape(array.shape), tensor.name
+    return ir.LazyTensor(lambda: ir.Tensor(np.asarray(array), name=name), dtype=tensor.dtype, shape=shape, name=name)
 
 
 def _layers(segment: Segment, part: str, recipe: Recipe) -> Iterator[_Layer]:
@@ -152,7 +166,7 @@ def _initializers(segment: Segment) -> tuple[dict[str, np.ndarray], list[ir.Valu
     return large, list(small.values())
 
 
-def _forget(samples: list[dict[str, np.ndarray]], later: Sequence[Segment]) -> None:
+def _forget(samples: list[dict[str, Array]], later: Sequence[Segment]) -> None:
     wanted = {name for segment in later for name in segment.takes}
     for sample in samples:
         for name in set(sample) - wanted:
@@ -162,57 +176,78 @@ def _forget(samples: list[dict[str, np.ndarray]], later: Sequence[Segment]) -> N
 # -------------------------------------------------------------------------------------------- folding
 
 
-def _fold(graph: ir.Graph, segment: Segment, layers: list[_Layer], stats: dict[str, InputStats]) -> None:
+def _fold(segment: Segment, layers: list[_Layer], stats: dict[str, InputStats]) -> None:
     """Finds factors for every group of layers that read one value, and folds them where they can go."""
-    by_node = {layer.node: layer for layer in layers}
-    done: set[str] = set()
+    rules = {layer.node: layer.rule for layer in layers}
+    done: set[ir.Value] = set()
     for layer in layers:
         assert layer.node.inputs[0] is not None
-        value = origin_of(layer.node.inputs[0])
-        found = stats.get(layer.value)
-        if found is None or value.name in done:
+        value, found = origin_of(layer.node.inputs[0]), stats[layer.value]
+        readers = consumers_of(value) if value not in done else None
+        done.add(value)
+        fold = _fold_within(segment, value, readers) if readers else None
+        if readers is None or fold is None or fold.width != len(found.peak):
             continue
-        done.add(value.name or "")
-        readers = consumers_of(value)
-        rules = [by_node[node].rule for node in readers or () if node in by_node]
-        smooth = next((rule for rule in rules if rule.method == "w8a8"), None)
-        if readers is None or not (smooth or any("awq" in rule.algorithm for rule in rules)):
+        factors = _factors([rules[node] for node in readers if node in rules], readers, fold, found)
+        if factors is None or not _fits(readers, factors, found) or not fold.divide(factors):
             continue
-        weights = [weight for node in readers if (weight := weight_of(node)) is not None]
-        inside = value.producer() in segment.nodes and all(node in segment.nodes for node in readers)
-        fold = find_fold(value, graph) if inside and all(len(list(w.uses())) == 1 for w in weights) else None
-        if fold is None or fold.width != len(found.peak):
-            continue
-        matrices = [rtn.stored_matrix(weight.const_value) for weight in weights]
-        if smooth:
-            factors = fold.tie(smooth_factors(found.peak, matrices, smooth.smooth))
-        else:
-            rule = next(rule for rule in rules if "awq" in rule.algorithm)
-            low, high = CODES[rule.method]
-            block = rule.block_size if rule.block_size is not None else 32
-
-            def round_trip(
-                weight: np.ndarray, _: np.ndarray, low: int = low, high: int = high, block: int = block
-            ) -> np.ndarray:
-                return _dequantized(*rtn.quantize_blocks(weight, block, low, high, np.dtype(np.float32)))
-
-            factors = awq.search_factors(found.rows, found.mean, matrices, round_trip, fold.tie)
-        if (factors == 1).all():
-            continue
-        fold.divide(factors)
-        for weight in weights:
+        for node in readers:
+            weight = weight_of(node)
+            assert weight is not None
             scale_rows(weight, factors)
-        for name in {node.inputs[0].name for node in readers if node.inputs[0] is not None}:
-            if name in stats:
-                stats[name].divide(factors)
-        if fold.cached in stats:
-            stats[fold.cached].divide(fold.shared(factors))
+        for name in {node.inputs[0].name or "" for node in readers if node.inputs[0] is not None} & set(stats):
+            stats[name].divide(factors)
+        if fold.cached is not None and fold.cached[0] in stats:
+            stats[fold.cached[0]].divide(fold.cached_factors(factors))
 
 
-def _dequantized(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 `[K, N]` of codes `[K, N]` and scales `[blocks, N]`, whose blocks are equal but for a last one."""
-    block = -(-len(codes) // len(scales))
-    block = next(b for b in (block, 1 << (block - 1).bit_length()) if -(-len(codes) // b) == len(scales))
+def _fold_within(segment: Segment, value: ir.Value, readers: list[ir.Node]) -> Fold | None:
+    """A fold that changes nothing outside of a segment: what came before is rounded already."""
+    weights = [weight for node in readers if (weight := weight_of(node)) is not None]
+    if value.producer() not in segment.nodes or any(len(list(weight.uses())) > 1 for weight in weights):
+        return None
+    fold, inside = find_fold(value), set(segment.nodes)
+    changed = [*readers, *(use.node for target in (fold.targets if fold else ()) for use in target.uses())]
+    return fold if all(node in inside for node in changed) else None
+
+
+def _factors(rules: list[Rule], readers: list[ir.Node], fold: Fold, found: InputStats) -> np.ndarray | None:
+    """What the rules of the layers that read a value want it to be divided by, or None."""
+    weights = [weight.const_value for node in readers if (weight := weight_of(node)) is not None]
+    smooth = next((rule for rule in rules if rule.method == "w8a8"), None)
+    aware = next((rule for rule in rules if "awq" in rule.algorithm), None)
+    if smooth is not None:
+        factors = fold.tie(smooth_factors(found.peak, [rtn.stored_matrix(weight) for weight in weights], smooth.smooth))
+    elif aware is not None:
+        low, high = CODES[aware.method]
+        block = 32 if aware.block_size is None else aware.block_size or fold.width
+
+        def round_trip(weight: np.ndarray) -> np.ndarray:
+            return _dequantized(*rtn.quantize_blocks(weight, block, low, high, np.dtype(np.float32)), block)
+
+        stored = [np.asarray(weight.numpy()) for weight in weights if weight is not None]
+        factors = awq.search_factors(found.rows, found.mean, stored, round_trip, fold.tie)
+    else:
+        return None
+    return None if (factors == 1).all() else factors
+
+
+def _fits(readers: list[ir.Node], factors: np.ndarray, found: InputStats) -> bool:
+    """Whether a graph that computes in float16 can hold what the factors make larger: inputs, and the rows of weights."""
+    for node in readers:
+        weight = weight_of(node)
+        assert weight is not None
+        assert weight.const_value is not None
+        if weight.const_value.dtype != ir.DataType.FLOAT16:
+            continue
+        peaks = np.array([np.abs(row).max() for row in np.asarray(weight.const_value.numpy())], np.float32)
+        if max(float((found.peak / factors).max()), float((peaks * factors).max())) > _FLOAT16:
+            return False
+    return True
+
+
+def _dequantized(codes: np.ndarray, scales: np.ndarray, block: int) -> np.ndarray:
+    """float32 `[K, N]` of codes `[K, N]` and scales `[ceil(K / block), N]`."""
     return codes * np.repeat(scales.astype(np.float32), block, 0)[: len(codes)]
 
 
@@ -226,7 +261,8 @@ def _check(layer: _Layer, part: str, found: InputStats | None) -> None:
             f"No calibration sample reached the weight {name} of the part {part}. Give samples that use it, or a rule without "
             "calibration."
         )
-    if not np.isfinite(layer.matrix()).all():
+    stored = layer.stored()
+    if not all(np.isfinite(stored[strip]).all() for strip in _strips(len(stored))):
         raise WeightsError(f"The weight {name} of the part {part} has NaN or infinite values; it cannot be quantized.")
     if not np.isfinite(found.peak).all():
         raise RecipeError(f"What calibration saw enter the weight {name} of the part {part} has NaN or infinite values.")
@@ -234,22 +270,29 @@ def _check(layer: _Layer, part: str, found: InputStats | None) -> None:
 
 def _nearest_error(layer: _Layer, part: str, found: InputStats) -> float:
     """What rounding to nearest, without folding, would do to the layer's output."""
-    matrix, rule = layer.matrix(), layer.rule
+    rule, rows = layer.rule, found.some(_ROWS)
     if rule.method == "w8a8":
+        matrix = layer.matrix()
         codes, scales = rtn.quantize_channels(matrix, np.dtype(np.float32))
-        return _relative_error(found.rows, matrix, _rounded(found.rows, activation_scale(found, "minmax")), codes * scales)
-    rounded = rtn.quantize_blocks(matrix, block_of(rule, part, layer.weight), *CODES[rule.method], np.dtype(np.float32))
-    return _relative_error(found.rows, matrix, found.rows, _dequantized(*rounded))
+        rounded = _rounded(rows, activation_scale(found, "minmax"))
+        return _relative_error(rows, matrix, rounded, lambda strip, _: codes[strip] * scales, 1)
+    block, (low, high) = block_of(rule, part, layer.weight), CODES[rule.method]
+
+    def nearest(_: slice, weight: np.ndarray) -> np.ndarray:
+        return _dequantized(*rtn.quantize_blocks(weight, block, low, high, np.dtype(np.float32)), block)
+
+    return _relative_error(rows, layer.stored(), rows, nearest, block)
 
 
 def _round(layer: _Layer, part: str, found: InputStats, nearest: float, prepared: Prepared, shelf: Shelf) -> None:
     assert layer.weight.const_value is not None
-    name, rule, matrix, dtype = layer.weight.name or "", layer.rule, layer.matrix(), layer.weight.const_value.dtype.numpy()
-    rows, packed = found.rows, None
+    name, rule, matrix, dtype = layer.weight.name or "", layer.rule, layer.stored(), layer.weight.const_value.dtype.numpy()
+    rows = rounded_rows = found.some(_ROWS)
+    packed = None
     record: dict[str, Any] = {"part": part, "weight": name, "method": rule.method}
     if rule.method == "w8a8":
-        rows, (codes, scales) = _rounded(rows, prepared.activations[layer.value]), rtn.quantize_channels(matrix, dtype)
-        wide = codes * scales.astype(np.float32)
+        rounded_rows = _rounded(rows, prepared.activations[layer.node.name or ""])
+        block, (codes, scales) = len(matrix), rtn.quantize_channels(layer.matrix(), dtype)
         record |= {"smooth": rule.smooth, "range": rule.range}
     else:
         block, (low, high) = block_of(rule, part, layer.weight), CODES[rule.method]
@@ -261,10 +304,15 @@ def _round(layer: _Layer, part: str, found: InputStats, nearest: float, prepared
                 codes, scales = _round_searched(matrix, found.importance, block, low, high, dtype)
         except RecipeError as exc:
             raise RecipeError(f"The weight {name} of the part {part}: {exc}") from exc
-        wide, packed = _dequantized(codes, scales), rtn.pack_int4(codes)
+        packed = rtn.pack_int4(codes)
         record |= {"algorithm": rule.algorithm, "block_size": block}
     prepared.weights[name] = shelf.put(codes if packed is None else packed), scales
-    error = _relative_error(found.rows, matrix, rows, wide)
+    steps = np.atleast_2d(scales)
+
+    def made(strip: slice, _: np.ndarray) -> np.ndarray:
+        return _dequantized(codes[strip], steps[strip.start // block : -(-strip.stop // block)], block)
+
+    error = _relative_error(rows, matrix, rounded_rows, made, block)
     record |= {"relative_error": round(error, 6), "relative_error_nearest": round(nearest, 6), "rows": found.count}
     prepared.layers.append(record)
 
@@ -281,14 +329,32 @@ def _round_searched(
     codes, scales = np.empty((inner, outer), np.int8), np.empty((-(-inner // block), outer), dtype)
     for number, first in enumerate(range(0, inner, block)):
         rows = slice(first, min(inner, first + block))
-        wanted = search_scales(matrix[rows], importance[rows], low, high)
-        scales[number], inverse = rtn.usable_scales(wanted, 1, dtype)
-        codes[rows] = rtn.round_to_codes(np.array(matrix[rows]), inverse, low, high)
+        weight = matrix[rows].astype(np.float32)
+        scales[number], inverse = rtn.usable_scales(search_scales(weight, importance[rows], low, high), 1, dtype)
+        codes[rows] = rtn.round_to_codes(weight, inverse, low, high)
     return codes, scales
 
 
-def _relative_error(rows: np.ndarray, matrix: np.ndarray, rounded_rows: np.ndarray, rounded: np.ndarray) -> float:
-    """‖X̂Ŵ − XW‖ / ‖XW‖."""
-    wanted = rows @ matrix
+def _relative_error(
+    rows: np.ndarray,
+    matrix: np.ndarray,
+    rounded_rows: np.ndarray,
+    rounded: Callable[[slice, np.ndarray], np.ndarray],
+    block: int,
+) -> float:
+    """‖X̂Ŵ − XW‖ / ‖XW‖. `rounded` makes some rows of Ŵ, as many as fill blocks, from where they are and the same rows of W."""
+    wanted = np.zeros((len(rows), matrix.shape[1]), np.float32)
+    off = np.zeros_like(wanted)
+    for strip in _strips(len(matrix), block):
+        weight = matrix[strip].astype(np.float32)
+        wanted += rows[:, strip] @ weight
+        off += rounded_rows[:, strip] @ rounded(strip, weight)
     norm = float(np.linalg.norm(wanted))
-    return float(np.linalg.norm(rounded_rows @ rounded - wanted)) / norm if norm else 0.0
+    return float(np.linalg.norm(off - wanted)) / norm if norm else 0.0
+
+
+def _strips(inputs: int, block: int = 1) -> Iterator[slice]:
+    """Some inputs at a time, whole blocks of them."""
+    step = -(-_INPUTS // block) * block
+    for first in range(0, inputs, step):
+        yield slice(first, min(first + step, inputs))

@@ -21,14 +21,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ..bundle import Bundle, Part, check_output, publish_bundle, seal
-from ..errors import RecipeError
+from ..errors import CalibrationError, RecipeError
 from ..graphs import Progress, load_graph, part_record, save_graph
-from .calibrate import Feeds, Shelf
+from .calibrate import Array, Feeds, Shelf
 from .forms import write_gather, write_int4, write_int8
 from .layers import CODES, Prepared, block_of, prepare_layers
 from .recipe import Recipe, load_recipe
 
-__all__ = ["Calibration", "quantizable", "quantize_bundle", "quantize_graph"]
+__all__ = ["Calibration", "check_recipe", "open_calibration", "quantizable", "quantize_bundle", "quantize_graph"]
 
 REPORT = "reports/quantization.json"
 
@@ -40,7 +40,7 @@ class Calibration(Protocol):
         """What it is, for the manifest."""
 
     def feeds(
-        self, bundle: Bundle, parts: Sequence[str], shelf: Callable[[np.ndarray], np.ndarray]
+        self, bundle: Bundle, parts: Sequence[str], shelf: Callable[[np.ndarray], Array]
     ) -> Mapping[str, Sequence[Feeds]]:
         """What each of the parts is run with, sample by sample; arrays are put on the shelf."""
 
@@ -69,23 +69,28 @@ def quantize_bundle(
             f"{source} is already quantized with the recipe {manifest.recipe.get('name')!r}. "
             "Quantize the float bundle it came from."
         )
-    samples = _samples(calibration) if chosen.calibrated else None
+    samples = open_calibration(calibration) if chosen.calibrated else None
     graphs = {name: load_graph(bundle.part_path(name)) for name in manifest.parts}
-    chosen.require_matches({name: quantizable(graph) for name, graph in graphs.items()})
+    check_recipe(chosen, graphs)
     with publish_bundle(output, force=force) as folder, ExitStack() as stack:
         graph_files = {name for part in manifest.parts.values() for name in (part.file, f"{part.file}_data")}
         parts: dict[str, Part] = {}
         layers: list[dict[str, Any]] = []
         feeds: Mapping[str, Sequence[Feeds]] = {}
+        wanted: list[str] = []
         if samples is not None:
             shelf = Shelf(Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix=".shelf-"))))
             stage("running the calibration samples")
             wanted = [name for name, graph in graphs.items() if _looks(chosen, name, graph)]
             feeds = samples.feeds(bundle, wanted, shelf.put)
+            if missed := [name for name in wanted if not feeds.get(name)]:
+                raise CalibrationError(
+                    f"No calibration sample reached the part {', '.join(missed)}, which the recipe {chosen.name!r} calibrates."
+                )
         for name in manifest.parts:
             graph = graphs.pop(name)
             prepared = None
-            if name in feeds:
+            if name in wanted:
                 stage(f"calibrating {name}")
                 prepared = prepare_layers(graph, name, chosen, feeds[name], shelf, _segment_stage(stage, name))
                 layers += prepared.layers
@@ -104,11 +109,24 @@ def quantize_bundle(
             (folder / REPORT).parent.mkdir(exist_ok=True)
             text = json.dumps({"recipe": described, "layers": layers}, indent=2, ensure_ascii=False)
             (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-        seal(folder, dataclasses.replace(manifest, parts=parts, recipe=described))
+        cache = next((i.dtype for n, i in parts["decoder"].inputs.items() if n.startswith("past_key_values.")), None)
+        kept = dataclasses.replace(manifest.kv_cache, dtype=cache or manifest.kv_cache.dtype)
+        seal(folder, dataclasses.replace(manifest, parts=parts, recipe=described, kv_cache=kept))
     return Bundle.open(output, check_files=False)
 
 
-def _samples(calibration: Calibration | str | Path | None) -> Calibration:
+def check_recipe(recipe: Recipe, graphs: Mapping[str, ir.Model]) -> None:
+    """Raises RecipeError where a recipe does not fit a model's graphs, by part: before any work is done."""
+    recipe.require_matches({part: quantizable(graph) for part, graph in graphs.items()})
+    for part, graph in graphs.items():
+        for node, weight in _weights(graph.graph):
+            rule = recipe.rule_for(part, weight.name or "")
+            if node.op_type == "MatMul" and rule.method in CODES:
+                block_of(rule, part, weight)
+
+
+def open_calibration(calibration: Calibration | str | Path | None) -> Calibration:
+    """A calibration set, by name, file or folder; the package's scenes without one."""
     if calibration is not None and not isinstance(calibration, str | Path):
         return calibration
     from ..calibration import load_calibration  # runs bundles, and is above this package but for this default
@@ -147,7 +165,6 @@ def quantize_graph(model: ir.Model, part: str, recipe: Recipe, prepared: Prepare
     `prepared` is what calibration made of the layers whose rules ask for it.
     """
     graph = model.graph
-    rounded: dict[ir.Value, list[ir.Node]] = {}
     for node, weight in _weights(graph):
         rule = recipe.rule_for(part, weight.name or "")
         if rule.method == "float":
@@ -157,31 +174,28 @@ def quantize_graph(model: ir.Model, part: str, recipe: Recipe, prepared: Prepare
             continue
         if rule.calibrated and prepared is None:
             raise RecipeError(
-                f"The rule for {weight.name} looks at calibration samples ({rule.method}, {rule.algorithm}); there are none."
+                f"The rule for the weight {weight.name} of the part {part} ({rule.method}, {rule.algorithm}) looks at "
+                "calibration samples; there are none."
             )
         made = prepared.weights.get(weight.name or "") if prepared and rule.calibrated else None
         if rule.method in CODES:
-            pair = (lambda made=made: made) if made else None
-            write_int4(graph, node, weight, block_of(rule, part, weight), pair, *CODES[rule.method])
+            packed = (lambda made=made: (np.asarray(made[0]), made[1])) if made else None
+            write_int4(graph, node, weight, block_of(rule, part, weight), packed, *CODES[rule.method])
         elif rule.method in ("nf4", "fp4"):
             from .bnb import replace_matmul
 
             replace_matmul(graph, node, weight, rule)
         else:
-            pair = (lambda made=made: (lambda: iter([made[0]]), made[1])) if made else None
+            pair = (lambda made=made: (lambda: iter([np.asarray(made[0])]), made[1])) if made else None
             write_int8(graph, node, weight, pair)
-            value = node.inputs[0]
-            if rule.method == "w8a8" and value is not None:
-                rounded.setdefault(value, []).append(node)
-    if prepared:
-        from .w8a8 import quantize_input
+            if rule.method == "w8a8" and prepared:
+                from .w8a8 import quantize_input
 
-        for value, readers in rounded.items():
-            quantize_input(graph, value, readers, prepared.activations[value.name or ""])
-        if recipe.kv_cache == "int8" and prepared.caches:
-            from .kv_cache import quantize_kv_cache
+                quantize_input(graph, node, prepared.activations[node.name or ""])
+    if prepared and prepared.caches:
+        from .kv_cache import quantize_kv_cache
 
-            quantize_kv_cache(model, prepared.caches)
+        quantize_kv_cache(model, prepared.caches)
     for value in list(graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[value.name]  # type: ignore[arg-type]

@@ -1,6 +1,9 @@
 """Activations in eight bits with a scale found before: `QuantizeLinear` and `DequantizeLinear` in front of a linear layer.
 
 Symmetric, one scale a tensor: what TensorRT takes, and what ONNX Runtime fuses with an INT8 weight into an integer product.
+Every layer has a pair of its own, also where several read one value: on x86 ONNX Runtime turns int8 activations into uint8,
+whose products are an order of magnitude faster there, and does so only where nothing else reads the pair.
+
 The scale puts on 127 what `range` says: `minmax` the largest value of all samples, `percentile` what 99.99 % of them stay
 below, `mse` the value at which rounding and clipping together lose least. Both of these look at a sample of rows. ONNX
 Runtime's static quantization has the same choices; it runs whole models and keeps every activation, see `calibrate`.
@@ -22,35 +25,48 @@ _SAMPLE = 1 << 18
 
 
 def activation_scale(stats: InputStats, how: str) -> float:
-    """The scale of a layer's input, by `minmax`, `percentile` or `mse`."""
+    """The scale of a layer's input, by `minmax`, `percentile` or `mse`. An input that is always zero has 1."""
     peak = float(stats.peak.max())
-    magnitude = np.abs(stats.rows).ravel()
     if how == "percentile":
-        peak = float(np.percentile(magnitude, _PERCENTILE))
+        peak = float(np.percentile(np.abs(stats.rows), _PERCENTILE)) or peak
     elif how == "mse":
-        sample = magnitude[:: max(1, magnitude.size // _SAMPLE)].astype(np.float64)
-        losses = []
-        for share in _SHARES:
-            scale = max(peak * share / 127, np.finfo(np.float32).tiny)
-            losses.append(np.square(np.clip(np.rint(sample / scale), 0, 127) * scale - sample).sum())
-        peak *= float(_SHARES[int(np.argmin(losses))])
-    return max(peak / 127, float(np.finfo(np.float32).tiny)) if peak > 0 else 1.0
+        magnitude = np.abs(stats.rows).ravel()
+        peak *= _best_share(magnitude[:: max(1, magnitude.size // _SAMPLE)].astype(np.float64), peak)
+    return peak / 127 or 1.0
 
 
-def quantize_input(graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scale: float) -> None:
-    """Puts the pair between a value and the linear layers that read it."""
-    dtype = value.dtype or ir.DataType.FLOAT
-    step = ir.Value(name=f"{value.name}.scale", shape=ir.Shape([]), type=ir.TensorType(dtype))
-    step.const_value = ir.Tensor(np.array(scale, dtype.numpy()), name=step.name)
-    zero = ir.Value(name=f"{value.name}.zero_point", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT8))
-    zero.const_value = ir.Tensor(np.array(0, np.int8), name=zero.name)
-    graph.register_initializer(step)
-    graph.register_initializer(zero)
-    quantize = ir.Node("", "QuantizeLinear", [value, step, zero], name=f"{value.name}_quantize")
-    widen = ir.Node("", "DequantizeLinear", [quantize.outputs[0], step, zero], name=f"{value.name}_dequantize")
-    quantize.outputs[0].name, quantize.outputs[0].shape = f"{value.name}.int8", value.shape
-    quantize.outputs[0].dtype = ir.DataType.INT8
-    widen.outputs[0].name, widen.outputs[0].shape, widen.outputs[0].dtype = f"{value.name}.dequantized", value.shape, dtype
-    graph.insert_before(readers[0], [quantize, widen])
-    for node in readers:
-        node.replace_input_with(0, widen.outputs[0])
+def _best_share(sample: np.ndarray, peak: float) -> float:
+    """At which share of the peak rounding and clipping lose least."""
+    losses = []
+    for share in _SHARES:
+        scale = max(peak * float(share) / 127, np.finfo(np.float64).tiny)
+        losses.append(np.square(np.minimum(np.rint(sample / scale), 127) * scale - sample).sum())
+    return float(_SHARES[int(np.argmin(losses))])
+
+
+def stored_scale(scale: float, dtype: ir.DataType) -> np.ndarray:
+    """A scale as a graph of this type holds it, whose inverse is finite too."""
+    kind = dtype.numpy()
+    return np.array(max(scale, float(np.finfo(kind).smallest_normal)), kind)
+
+
+def quantize_input(graph: ir.Graph, node: ir.Node, scale: float) -> None:
+    """Puts a pair in front of a linear layer."""
+    value = node.inputs[0]
+    assert value is not None
+    dtype, name = value.dtype or ir.DataType.FLOAT, f"{node.name}_input"
+    step = _constant(graph, f"{name}.scale", stored_scale(scale, dtype))
+    zero = _constant(graph, f"{name}.zero_point", np.array(0, np.int8))
+    quantize = ir.Node("", "QuantizeLinear", [value, step, zero], name=f"{name}_quantize")
+    widen = ir.Node("", "DequantizeLinear", [quantize.outputs[0], step, zero], name=f"{name}_dequantize")
+    for output, end, kind in ((quantize.outputs[0], "int8", ir.DataType.INT8), (widen.outputs[0], "dequantized", dtype)):
+        output.name, output.shape, output.dtype = f"{name}.{end}", value.shape, kind
+    graph.insert_before(node, [quantize, widen])
+    node.replace_input_with(0, widen.outputs[0])
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

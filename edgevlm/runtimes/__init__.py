@@ -33,7 +33,7 @@ def open_part(path: Path, name: str, part: Part, *, backend: str | None, threads
         raise InputError(f"There is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
     passed_over: dict[str, str] = {}
     for candidate in [BACKENDS[backend]] if backend else BACKENDS.values():
-        reason = candidate.unavailable()
+        reason = candidate.lacks(part) or candidate.unavailable()
         if reason is None:
             try:
                 return candidate.open(path, name, part, threads), Choice(candidate.name, passed_over)

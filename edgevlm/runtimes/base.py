@@ -99,6 +99,18 @@ class Backend(ABC):
     """A way to run parts, best device first in `edgevlm.runtimes.BACKENDS`."""
 
     name: str
+    kv_dtypes: tuple[str, ...]
+    """What a KV cache may be kept in: what was seen to run, not what might."""
+    kv_note: str = ""
+    """Why others are missing, where there is something to say."""
+
+    def lacks(self, part: Part) -> str | None:
+        """Why this backend cannot run a part at all, on any machine, or None."""
+        kept = {info.dtype for name, info in part.inputs.items() if name.startswith("past_key_values.")}
+        if unknown := sorted(kept - set(self.kv_dtypes)):
+            note = f" ({self.kv_note})" if self.kv_note else ""
+            return f"it has no KV cache in {', '.join(unknown)}, only in {', '.join(self.kv_dtypes)}{note}"
+        return None
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -179,7 +179,12 @@ class _OnnxRuntime(Backend):
 
 class CPU(_OnnxRuntime):
     name, provider, device = "cpu", "CPUExecutionProvider", "cpu"
+    kv_dtypes = ("float32", "float16", "int8")
 
 
 class CUDA(_OnnxRuntime):
     name, provider, device = "cuda", "CUDAExecutionProvider", "cuda"
+    # Its TensorScatter is written for every type, so that int8 should run:
+    # https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/llm/tensorscatter.cc
+    kv_dtypes = ("float32", "float16")
+    kv_note = "int8 was never tried on a GPU"
