@@ -347,16 +347,28 @@ class Usage:
     peak_at_seconds: float
 
 
-def watch(arguments: Sequence[str], output: Path, what: str) -> Usage:
-    """Runs Python with `arguments`, its standard output in `output`, and samples its memory until it ends."""
-    with output.open("wb") as stdout:
+def watch(
+    arguments: Sequence[str],
+    output: Path,
+    what: str,
+    *,
+    errors: Path | None = None,
+    each: Callable[[float, int], None] = lambda seconds, anonymous: None,
+) -> Usage:
+    """Runs Python with `arguments`, its standard output in `output`, and samples its memory until it ends.
+
+    Its standard error is left as it is, or goes into `errors`. `each` is told every sample: the seconds so far and the bytes of
+    anonymous memory.
+    """
+    with output.open("wb") as stdout, errors.open("wb") if errors else contextlib.nullcontext() as stderr:
         # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the other one.
-        process = subprocess.Popen([sys.executable, *arguments], stdout=stdout, start_new_session=True)
+        process = subprocess.Popen([sys.executable, *arguments], stdout=stdout, stderr=stderr, start_new_session=True)
     began = time.perf_counter()
     anonymous, resident, at = 0, 0, 0.0
     try:
         while process.poll() is None:
             now = _memory(process.pid)
+            each(time.perf_counter() - began, now[0])
             if now[0] > anonymous:
                 anonymous, at = now[0], time.perf_counter() - began
             resident = max(resident, now[1])

@@ -8,11 +8,11 @@ Settings:
 - `defaults`: the built-in recipes.
 - `three-bits`: the decoder's linear layers in three bits with one scale a channel, everything else float. The small models
   hardly lose anything at four bits in blocks of 32, so this is where methods differ.
-- `outliers`: a quarter of the channels of every norm's output, and of what else can be rescaled, are made 10 times larger and the
-  weights that read them 10 times smaller: the same function, exactly, with channels as uneven as those of large models. Three bits
-  with one scale a channel.
-- `vision-outliers`: the same done to an eighth of the vision encoder's channels, 100 times. Its activations are then quantized to eight
-  bits, with and without SmoothQuant.
+- `outliers`: a quarter of the channels of every norm's output, and of what else can be rescaled, are made 10 times larger and
+  the weights that read them 10 times smaller: the same function, exactly, with channels as uneven as those of large models.
+  Three bits with one scale a channel.
+- `vision-outliers`: the same done to an eighth of the vision encoder's channels, 100 times. Its activations are then
+  quantized to eight bits, with and without SmoothQuant.
 
 Each row has the exact match with its interval, the difference to the float model with the p value of the paired test of
 `edgevlm.evaluation.statistics`, and the mean relative error of the calibrated layers' outputs, beside that of rounding to
@@ -93,13 +93,13 @@ def inject_outliers(source: Path, output: Path, part: str, factor: float, share:
             continue
         done.add(value)
         readers = consumers_of(value)
-        fold = find_fold(value, graph.graph) if readers else None
+        fold = find_fold(value) if readers else None
         if readers is None or fold is None:
             continue
         factors = np.ones(fold.width, np.float32)
         factors[rng.choice(fold.width, round(share * fold.width), replace=False)] = 1 / factor
-        if fold.groups is not None:  # a value that several places read is as large in all of them
-            factors = np.array([factors[fold.groups == group].min() for group in fold.groups], np.float32)
+        # A value that several places read is as large in all of them.
+        factors = np.array([factors[fold.slots == slot].min() for slot in fold.slots], np.float32)
         fold.divide(factors)
         for weight in {weight for reader in readers if (weight := weight_of(reader)) is not None}:
             scale_rows(weight, factors)

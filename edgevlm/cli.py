@@ -17,11 +17,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import EdgeVLMError, InputError, MissingDependencyError
 from .tables import describe_box, describe_picture, describe_seen, make_console, print_parts, print_report
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
 
 __all__ = ["build_parser", "main"]
 
@@ -40,14 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeVLMError as exc:
         return _fail(arguments, 2, f"error: {exc}")
     except KeyboardInterrupt:
-        return _fail(arguments, 130, "interrupted; nothing was left behind")
+        return _fail(arguments, 130, _interruption(arguments))
     except BrokenPipeError:  # the reader (`head`, a closed pager) has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
         return 0
     except Exception as exc:  # the last resort: a bug, reported as one
         if _interrupted.is_set():
-            return _fail(arguments, 130, "interrupted; nothing was left behind")
+            return _fail(arguments, 130, _interruption(arguments))
         return _fail(arguments, 3, f"internal error: {type(exc).__name__}: {exc}. This is a bug; --debug shows where.")
+
+
+def _interruption(arguments: argparse.Namespace) -> str:
+    return f"interrupted; {getattr(arguments, 'left', 'nothing was left behind')}"
 
 
 @contextlib.contextmanager
@@ -87,6 +94,9 @@ def _fail(arguments: argparse.Namespace, code: int, text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
+    from .quant.recipe import RECIPES
+
+    recipes = ", ".join(RECIPES)
     parser = argparse.ArgumentParser(
         prog="edgevlm", description="Vision-language models from Hugging Face checkpoints to robots.", allow_abbrev=False
     )
@@ -107,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output", required=True, type=Path, help="the bundle's folder")
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
-    sub.add_argument("--quantize", metavar="RECIPE", help="int8, int4, or a recipe file; quantizes on the way")
+    sub.add_argument("--quantize", metavar="RECIPE", help=f"{recipes}, or a recipe file; quantizes on the way")
+    _add_calibration(sub)
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
     sub = command("convert", _convert, "Turn pickled weights, as they are published, into a checkpoint that export takes.")
@@ -125,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("quantize", _quantize, "Make a quantized bundle from a float one (no torch needed).")
     sub.add_argument("bundle", type=Path, help="a float bundle")
-    sub.add_argument("--recipe", required=True, help="int8, int4, or a recipe file (.toml, .json)")
+    sub.add_argument("--recipe", required=True, help=f"{recipes}, or a recipe file (.toml, .json)")
+    _add_calibration(sub)
     sub.add_argument("--output", required=True, type=Path, help="the new bundle's folder")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
@@ -156,8 +168,65 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of the stream")
 
+    sub = command("eval", _eval, "Ask bundles and models the same questions, score their answers, and compare them.")
+    sub.add_argument(
+        "subjects", nargs="+", metavar="BUNDLE|MODEL", help="bundles, and models as for export --model, side by side"
+    )
+    sub.add_argument(
+        "--suite", required=True, metavar="S",
+        help="scenes or pope-scenes (drawn), pope:FILE, vqa:FILE or captions:FILE (as published), or a .jsonl file of your own",
+    )  # fmt: skip
+    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
+    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
+    sub.add_argument(
+        "--instruction", metavar="TEXT",
+        help="said behind every question on a line of its own, or around {question}; the prompt of a caption",
+    )  # fmt: skip
+    sub.add_argument("--metric", metavar="M", help="of a file of your own: exact (default), contains, pope, vqa or cider")
+    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
+    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    sub.add_argument(
+        "--output", type=Path, default=Path("build/eval"),
+        help="answers, results.json and report.html; a later run with the same goes on (default: build/eval)",
+    )  # fmt: skip
+    sub.add_argument("--force", action="store_true", help="throw away the answers that are there, and begin anew")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
+    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
+    sub.add_argument("--backend", help="cpu or cuda for every part of the bundles; the best that works without")
+    sub.add_argument("--threads", type=int, metavar="N", help="cores to use (with --engine ray: each worker)")
+    sub.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work is done (default: local)")
+    sub.add_argument("--ray-address", metavar="HOST:PORT", help="a Ray cluster (default: RAY_ADDRESS, else this machine)")
+    sub.add_argument("--workers", type=int, metavar="N", help="of Ray on this machine (default: one for every --threads cores)")
+    sub.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    sub = command("tune", _tune, "Find the smallest or fastest recipe that costs no more accuracy than allowed.")
+    sub.add_argument("model", metavar="MODEL|BUNDLE", help="a float bundle, or a model as for export --model")
+    sub.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS", help="points that may be lost (default: 1.0)")
+    sub.add_argument("--suite", default="scenes", metavar="S", help="what is asked, as for eval (default: scenes)")
+    sub.add_argument("--target", choices=("size", "latency"), default="size", help="what is made small (default: size)")
+    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
+    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
+    sub.add_argument("--instruction", metavar="TEXT", help="said behind every question, as for eval")
+    sub.add_argument(
+        "--calibration", metavar="SET",
+        help="what methods that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
+    sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
+    sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
+    sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
+    sub.add_argument(
+        "--output", type=Path, default=Path("build/tune"),
+        help="steps, recipe.toml, its bundle and tune.html; a later run with the same goes on (default: build/tune)",
+    )  # fmt: skip
+    sub.add_argument("--force", action="store_true", help="throw away the steps that are there, and begin anew")
+
     sub = command("inspect", _inspect, "Show what is in a bundle.")
     sub.add_argument("bundle", type=Path)
+    sub.add_argument("--weights", action="store_true", help="list the float weights instead, by the names that recipes use")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", _doctor, "Show what this machine offers, what is missing, and how to get it.")
@@ -172,19 +241,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_calibration(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--calibration", metavar="SET",
+        help="what recipes that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
+    sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
+
+
 # -------------------------------------------------------------------------------------------- commands
 
 
 def _export(arguments: argparse.Namespace) -> int:
     with _extra("export"):
         from .export.export import export_bundle
+    recipe = _recipe(arguments.quantize, arguments)
+    calibration = _calibration(recipe, arguments)
     with _progress() as (stage, step):
         bundle = export_bundle(
-            arguments.model, arguments.output, dtype=arguments.dtype, recipe=arguments.quantize, force=arguments.force,
-            progress=step, stage=stage,
+            arguments.model, arguments.output, dtype=arguments.dtype, recipe=recipe, calibration=calibration,
+            force=arguments.force, progress=step, stage=stage,
         )  # fmt: skip
     print_parts(bundle, make_console())
     return 0
+
+
+def _recipe(name: str | None, arguments: argparse.Namespace) -> Any:
+    """The recipe asked for, with what other flags change of it."""
+    if name is None:
+        given = [flag for flag in ("calibration", "samples", "seed", "kv_cache") if getattr(arguments, flag) is not None]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} is about quantization; give --quantize RECIPE with it.")
+        return None
+    from .quant.recipe import load_recipe
+
+    recipe = load_recipe(name)
+    return dataclasses.replace(recipe, kv_cache=arguments.kv_cache) if arguments.kv_cache else recipe
+
+
+def _calibration(recipe: Any, arguments: argparse.Namespace) -> Any:
+    given = [name for name in ("calibration", "samples", "seed") if getattr(arguments, name) is not None]
+    if not given:
+        return None
+    if not recipe.calibrated:
+        raise InputError(f"The recipe {recipe.name!r} looks at no samples; --{given[0]} says nothing to it.")
+    from .calibration import SAMPLES, load_calibration
+
+    samples = SAMPLES if arguments.samples is None else arguments.samples
+    return load_calibration(arguments.calibration or "scenes", samples=samples, seed=arguments.seed or 0)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -209,10 +315,13 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _quantize(arguments: argparse.Namespace) -> int:
     with _extra("quantize"):
         from .quant.quantize import quantize_bundle
+    recipe = _recipe(arguments.recipe, arguments)
+    calibration = _calibration(recipe, arguments)
     with _progress() as (stage, step):
         bundle = quantize_bundle(
-            arguments.bundle, arguments.output, arguments.recipe, force=arguments.force, progress=step, stage=stage
-        )
+            arguments.bundle, arguments.output, recipe, calibration=calibration, force=arguments.force, progress=step,
+            stage=stage,
+        )  # fmt: skip
     print_parts(bundle, make_console())
     return 0
 
@@ -281,10 +390,107 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from .evaluation.subjects import Settings, is_bundle
+    from .evaluation.suites import SuiteSpec
+
+    spec = SuiteSpec(
+        arguments.suite, arguments.images, arguments.annotations, arguments.limit, arguments.metric, arguments.instruction,
+        arguments.split, arguments.aspect,
+    )  # fmt: skip
+    settings = Settings(
+        arguments.max_new_tokens, arguments.capacity, arguments.backend, arguments.threads, arguments.visual_tokens
+    )
+    with _extra("eval"):
+        from .evaluation.report import print_table, write_html, write_json
+        from .evaluation.run import evaluate
+    if not all(map(is_bundle, arguments.subjects)):
+        with _extra("export"):
+            from . import reference  # noqa: F401 - what it needs is there
+    engine = None
+    if arguments.engine == "ray":
+        with _extra("ray"):
+            from .evaluation.ray_engine import make_ray_engine
+        engine = make_ray_engine(arguments.ray_address, workers=arguments.workers)
+    arguments.left = f"the answers so far are in {arguments.output}; the same command, without --force, goes on with them"
+    with _counting() as (stage, step):
+        suite, outcomes = evaluate(
+            arguments.subjects, spec, arguments.output, settings, engine=engine, force=arguments.force, stage=stage, step=step
+        )
+    results, page = arguments.output / "results.json", arguments.output / "report.html"
+    write_json(outcomes, suite.items, results)
+    write_html(outcomes, suite.items, page)
+    if arguments.json:
+        print(results.read_text(encoding="utf-8"), end="")
+    else:
+        print_table(outcomes, suite.items, make_console())
+    print(f"{results} and {page} have more", file=sys.stderr)
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from .evaluation.subjects import Settings, is_bundle
+    from .evaluation.suites import SuiteSpec
+
+    spec = SuiteSpec(
+        arguments.suite, arguments.images, arguments.annotations, arguments.limit, instruction=arguments.instruction
+    )
+    with _extra("quantize"), _extra("eval"), contextlib.ExitStack() as extras:
+        if not is_bundle(arguments.model):
+            extras.enter_context(_extra("export"))
+        from .calibration import SAMPLES, load_calibration
+        from .tune.report import print_tuned, write_tuned
+        from .tune.run import tune
+
+        samples = SAMPLES if arguments.samples is None else arguments.samples
+        calibration = load_calibration(arguments.calibration or "scenes", samples=samples, seed=arguments.seed or 0)
+        arguments.left = f"the steps so far are in {arguments.output}; the same command goes on with them"
+        with _counting() as (stage, step):
+            tuned = tune(
+                arguments.model, arguments.output, spec, max_drop=arguments.max_drop, target=arguments.target,
+                settings=Settings(backend=arguments.backend, threads=arguments.threads), calibration=calibration,
+                force=arguments.force, stage=stage, step=lambda _, done, total: step("questions", done, total),
+            )  # fmt: skip
+        recipe, _, page = write_tuned(tuned, arguments.output)
+    print_tuned(tuned, make_console())
+    print(f"{recipe} is the recipe, {arguments.output / 'bundle'} its bundle; {page} has more", file=sys.stderr)
+    return 0
+
+
+def _print_weights(bundle: Bundle, *, as_json: bool) -> int:
+    """A line for every weight that a recipe may quantize: part, name, kind, shape."""
+    with _extra("quantize"):
+        from .graphs import load_graph
+        from .quant.quantize import quantizable
+    if bundle.manifest.recipe is not None:
+        raise InputError(
+            f"{bundle.folder} is quantized already ({bundle.manifest.recipe.get('name')}); recipes name the weights of the float "
+            "bundle that it came from."
+        )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in bundle.manifest.parts:
+        graph = load_graph(bundle.part_path(part))
+        linear, values = set(quantizable(graph, linear=True)), graph.graph.initializers
+        found[part] = [
+            {"name": name, "kind": "linear" if name in linear else "table", "shape": list(values[name].shape or ())}
+            for name in quantizable(graph)
+        ]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    wide = max((len(part) for part in found), default=0)
+    for part, weights in found.items():
+        for weight in weights:
+            print(f"{part:{wide}}  {weight['kind']:6}  {' x '.join(map(str, weight['shape'])):14}  {weight['name']}")
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from .bundle import Bundle
 
     bundle = Bundle.open(arguments.bundle, check_files=False)
+    if arguments.weights:
+        return _print_weights(bundle, as_json=arguments.json)
     if arguments.json:
         print(bundle.manifest.to_json(), end="")
         return 0
@@ -295,15 +501,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if cross:
         made = f"{cross.places} rows a picture" if cross.source == "images" else "one row a token of the prompt"
         cross_text = f"{cross.layers} layers, {cross.heads} heads of {cross.head_dim}, {made}"
+    beyond = [f"{name} ({', '.join(p.onnxruntime_only)})" for name, p in manifest.parts.items() if p.onnxruntime_only]
+    left_out = ((manifest.recipe or {}).get("checkpoint") or {}).get("left_out")
     console = make_console()
     print_parts(bundle, make_console(), shapes=True)
     facts = {
         "family": manifest.family,
         "computes in": manifest.dtype,
         "recipe": (manifest.recipe or {}).get("name", "none (float)"),
+        **({"left float": f"{' and '.join(left_out)}, which the checkpoint quantizes too"} if left_out else {}),
         "context length": f"{manifest.context_length:,} tokens",
         "KV cache": f"{manifest.kv_cache.bytes_per_token() / 1e3:,.1f} kB a token ({manifest.kv_cache.layers} layers, "
         f"{manifest.kv_cache.heads} heads of {manifest.kv_cache.head_dim}, {manifest.kv_cache.dtype})",
+        **{f"not on {name}": reason for name, reason in _lacking(bundle)},
+        **({"not on TensorRT": "; ".join(beyond)} if beyond else {}),
         "picture": describe_picture(manifest),
         **(
             {"film": f"as pictures, {manifest.patches.temporal} frames a layer ({manifest.video.token})"}
@@ -317,6 +528,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, value in facts.items():
         console.print(f"[bold]{name:>22}[/]  {escape(str(value))}")
     return 0
+
+
+def _lacking(bundle: Any) -> Iterator[tuple[str, str]]:
+    """Backends that cannot run a part of the bundle on any machine, and why."""
+    from .runtimes import BACKENDS
+
+    for backend in BACKENDS.values():
+        for name, part in bundle.manifest.parts.items():
+            if reason := backend.lacks(part):
+                yield f"{backend.name}: {name}", reason
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -408,6 +629,46 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
             bars.update(task, completed=done + 1, total=total, detail=f"{name} ({size / 1e6:.1f} MB)")
 
         yield stage, step
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """A bar on stderr for each subject of an evaluation: how many questions are answered. In a log, a line for each tenth."""
+    tenths: dict[str, int] = {}
+    if not sys.stderr.isatty():
+
+        def say(text: str) -> None:
+            _stop_if_interrupted()
+            print(f"{text} …", file=sys.stderr, flush=True)
+
+        def count(name: str, done: int, total: int) -> None:
+            _stop_if_interrupted()
+            before = tenths.setdefault(name, 10 * done // total)
+            if 10 * done // total > before:
+                tenths[name] = 10 * done // total
+                print(f"{name}: {done:,} of {total:,} answered", file=sys.stderr, flush=True)
+
+        yield say, count
+        return
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+        current = bars.add_task("starting", total=None)
+
+        def stage(text: str) -> None:
+            _stop_if_interrupted()
+            bars.update(current, description=escape(text))
+
+        def advance(name: str, done: int, total: int) -> None:
+            _stop_if_interrupted()
+            if name not in tasks:
+                tasks[name] = bars.add_task(escape(name), total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield stage, advance
 
 
 if __name__ == "__main__":

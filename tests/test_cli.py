@@ -23,7 +23,7 @@ from tiny import LLAVAS, make_llava
 from edgevlm.bundle import MANIFEST, SCHEMA_VERSION, Bundle
 from edgevlm.cli import main
 
-COMMANDS = ("export", "quantize", "verify", "run", "inspect", "doctor", "demo")
+COMMANDS = ("export", "quantize", "verify", "run", "eval", "inspect", "doctor", "demo")
 PARTS = ("vision_encoder", "projector", "embed_tokens", "decoder")
 
 
@@ -386,6 +386,78 @@ def test_verify_notices_other_weights(
 
 
 # ------------------------------------------------------------------------------ signals, pipes and packages
+
+
+def test_eval(bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "scores"
+    asked = ("eval", bundle, checkpoint, "--suite", "scenes", "--limit", 16, "--max-new-tokens", 3, "--threads", 1)
+    assert call(*asked, "--output", output) == 0
+    shown, told = capsys.readouterr()
+    for name in ("scenes: 16 questions", bundle.name, checkpoint.name, "exact match", "caption", "against"):
+        assert name in shown
+    assert f"asking {checkpoint.name}" in told
+    assert f"{bundle.name}: 16 of 16 answered" in told
+    assert f"{output / 'results.json'} and {output / 'report.html'} have more" in told
+    kept = {path.name: path.read_bytes() for path in (output / "scenes").iterdir()}
+    assert set(kept) == {f"{bundle.name}.jsonl", f"{checkpoint.name}.jsonl"}
+    assert "<html" in (output / "report.html").read_text(encoding="utf-8")
+
+    assert call(*asked, "--output", output, "--json") == 0  # nothing is asked again
+    shown, told = capsys.readouterr()
+    assert json.loads(shown) == json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert "asking" not in told
+    assert {path.name: path.read_bytes() for path in (output / "scenes").iterdir()} == kept
+
+    assert call(*asked[:-4], "--max-new-tokens", 2, "--output", output) == 2
+    assert "Give another --output, or --force to begin anew." in capsys.readouterr().err
+    assert call(*asked[:-4], "--max-new-tokens", 2, "--output", output, "--force") == 0
+
+
+def test_what_eval_refuses(bundle: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"question_id": n, "image": f"{n}.png", "text": "Is it?", "label": "no"} for n in range(3)]
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    output = ("--output", tmp_path / "out")
+
+    def error(*arguments: object) -> str:
+        assert call("eval", *arguments, *output) == 2
+        return said(capsys)
+
+    missing = error(bundle, "--suite", f"pope:{file}", "--images", photo.parent)
+    assert "3 of the 3 pictures of pope-coco_pope_random are missing: " in missing
+    assert str(photo.parent / "0.png") in missing
+    file.write_text("{\n", encoding="utf-8")
+    assert "1 broken line: line 1 (not JSON" in error(bundle, "--suite", f"pope:{file}")
+    assert "no suite 'coco'" in error(bundle, "--suite", "coco")
+    assert "neither a folder here" in error(bundle, tmp_path / "nothing", "--suite", "scenes").split("…")[-1]
+    assert "asked twice" in error(bundle, bundle, "--suite", "scenes")
+    assert not (tmp_path / "out").exists()
+    assert call("eval", bundle) == 2
+    assert "--suite" in capsys.readouterr().err
+
+
+def test_interrupting_an_evaluation_keeps_its_answers(bundle: Path, tmp_path: Path) -> None:
+    common = ["--suite", "scenes", "--max-new-tokens", "8", "--threads", "1", "--output", str(tmp_path)]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "edgevlm", "eval", str(bundle), *common],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    path, deadline = tmp_path / "scenes" / f"{bundle.name}.jsonl", time.monotonic() + 90
+    while not path.is_file() or path.read_bytes().count(b"\n") < 5:
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert f"interrupted; the answers so far are in {tmp_path}" in err
+    assert "Traceback" not in err
+    kept = path.read_bytes().splitlines()[1:]
+    assert 4 <= len(kept) < 1000
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
