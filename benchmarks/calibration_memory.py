@@ -156,8 +156,8 @@ def bytes_of(bundle: Path) -> int:
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     checkpoint, export, run, seen = (result[step] for step in ("checkpoint", "export", "quantize", "calibrated"))
-    title = f"LLaVA-1.5 {result['scale']}: {checkpoint['parameters'] / 1e9:.2f} G parameters, {result['decoder_layers']} decoder layers"
-    title += f", {result['recipe']}, {result['samples']} samples"
+    title = f"LLaVA-1.5 {result['scale']}: {checkpoint['parameters'] / 1e9:.2f} G parameters, "
+    title += f"{result['decoder_layers']} decoder layers, {result['recipe']}, {result['samples']} samples"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for column in ("step", "seconds", "peak anonymous GB", "peak resident GB", "on disk GB", ""):
         table.add_column(column, justify="left" if column in ("step", "") else "right")
@@ -195,13 +195,13 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
     console.print(table)
     console.print(
-        f"{seen['weights']} weights calibrated on {seen['rows']:,} rows each: relative error of their outputs {seen['relative_error']:.4f} "
-        f"on average, rounded to nearest {seen['relative_error_nearest']:.4f}."
+        f"{seen['weights']} weights calibrated on {seen['rows']:,} rows each: relative error of their outputs "
+        f"{seen['relative_error']:.4f} on average, rounded to nearest {seen['relative_error_nearest']:.4f}."
     )
 
 
 def summed_up(stages: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    """Name, seconds and peak of every stage; the pieces of the decoder as one, with the median and the range of their seconds."""
+    """Name, seconds and peak of every stage; the pieces of the decoder as one, with median and range of their seconds."""
     pieces = [stage for stage in stages if PIECE.match(stage["name"])]
     rows: list[tuple[str, float, int]] = []
     for stage in stages:
@@ -209,7 +209,8 @@ def summed_up(stages: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
             rows.append((stage["name"], stage["seconds"], stage["peak_anonymous_bytes"]))
         elif stage is pieces[0]:
             seconds = [piece["seconds"] for piece in pieces]
-            name = f"calibrating decoder: {len(pieces)} pieces, {min(seconds):.0f} to {max(seconds):.0f} s, median {statistics.median(seconds):.0f}"
+            name = f"calibrating decoder: {len(pieces)} pieces, {min(seconds):.0f} to {max(seconds):.0f} s, "
+            name += f"median {statistics.median(seconds):.0f}"
             rows.append((name, sum(seconds), max(piece["peak_anonymous_bytes"] for piece in pieces)))
     return rows
 

@@ -464,8 +464,8 @@ def _print_weights(bundle: Bundle, *, as_json: bool) -> int:
         from .quant.quantize import quantizable
     if bundle.manifest.recipe is not None:
         raise InputError(
-            f"{bundle.folder} is quantized already ({bundle.manifest.recipe.get('name')}); recipes name the weights of the float "
-            "bundle that it came from."
+            f"{bundle.folder} is quantized already ({bundle.manifest.recipe.get('name')}); recipes name the weights of the "
+            "float bundle that it came from."
         )
     found: dict[str, list[dict[str, Any]]] = {}
     for part in bundle.manifest.parts:

@@ -51,6 +51,18 @@ MAY_IMPORT = {
     "images": {"errors"},
     "prompt": {"errors"},
     "vlm": {"boxes", "bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
+    "speed": {"scenes", "vlm"},
+    "tune": {
+        "bundle",
+        "calibration",
+        "errors",
+        "evaluation",
+        "export",
+        "graphs",
+        "quant",
+        "speed",
+        "vlm",
+    },
     "reference": {"models", "prompt"},
     "verify": {"bundle", "errors", "export", "generate", "models", "prompt", "reference", "scenes", "vlm"},
 }

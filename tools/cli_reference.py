@@ -31,7 +31,7 @@ def reference() -> str:
         "| 1 | `verify`: a limit was missed; the table says where |",
         "| 2 | the request cannot be served as it stands; the text says what to do |",
         "| 3 | a bug in EdgeVLM; `--debug` shows where |",
-        "| 130 | interrupted with Ctrl-C; nothing was left behind, but for the answers of `eval`, which go on from there |",
+        "| 130 | interrupted with Ctrl-C; nothing was left behind, but for `eval`'s answers and `tune`'s steps, which go on |",
         "",
     ]
     return "\n".join(lines)

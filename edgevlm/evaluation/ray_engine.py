@@ -41,6 +41,7 @@ RETRIES = 3
 OBJECT_STORE = 100_000_000
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of the shards behind the first that failed
     # Out of memory counts as a worker that died; without, such a shard is done again for ever.
     "RAY_task_oom_retries": str(RETRIES),
     # A task without GPUs of its own sees those of this machine, as it would without Ray.
@@ -82,9 +83,9 @@ def make_ray_engine(
         if not shards:
             return
         cores = max(_cores(shard) for shard in shards)
-        with _cluster(address or os.environ.get("RAY_ADDRESS"), workers, cores, len(shards)) as ray:
+        with _cluster(address or os.environ.get("RAY_ADDRESS"), workers, cores, len(shards)) as (ray, ours):
             _check_room(ray, shards)
-            _run_shards(ray, shards, done, answer)
+            _run_shards(ray, shards, done, answer, cancel=not ours)
 
     return run
 
@@ -101,12 +102,12 @@ def _gpus(shard: Shard) -> int:
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None, workers: int | None, cores: int, shards: int) -> Iterator[Any]:
-    """Ray, connected; what was started or connected here is ended here."""
+def _cluster(address: str | None, workers: int | None, cores: int, shards: int) -> Iterator[tuple[Any, bool]]:
+    """Ray, connected, and whether that was done here and not by the caller: then it is ended here, and its tasks with it."""
     with _environment(_ENVIRONMENT if address else _OWN):
         ray = _import_ray()
-        if ray.is_initialized():  # the caller's own
-            yield ray
+        if ray.is_initialized():
+            yield ray, False
             return
         folder = None
         try:
@@ -120,7 +121,7 @@ def _cluster(address: str | None, workers: int | None, cores: int, shards: int) 
                     address="local", num_cpus=count * cores, object_store_memory=OBJECT_STORE, include_dashboard=False,
                     log_to_driver=False, logging_level="ERROR", _temp_dir=folder, _node_ip_address="127.0.0.1",
                 )  # fmt: skip
-            yield ray
+            yield ray, True
         finally:
             ray.shutdown()
             if folder:
@@ -178,7 +179,12 @@ def _check_room(ray: Any, shards: Sequence[Shard]) -> None:
 
 
 def _run_shards(
-    ray: Any, shards: Sequence[Shard], done: Callable[[Shard, list[Answer]], None], answer: Callable[[Shard], list[Answer]]
+    ray: Any,
+    shards: Sequence[Shard],
+    done: Callable[[Shard, list[Answer]], None],
+    answer: Callable[[Shard], list[Answer]],
+    *,
+    cancel: bool,
 ) -> None:
     task = ray.remote(max_retries=RETRIES, retry_exceptions=False)(_answer_there)
     waiting: dict[Any, Shard] = {}
@@ -189,10 +195,22 @@ def _run_shards(
             waiting[reference] = shard
         while waiting:
             for reference in ray.wait(list(waiting), num_returns=1)[0]:
-                done(waiting[reference], _received(ray, reference, waiting[reference]))
-                del waiting[reference]
+                shard = waiting.pop(reference)
+                done(shard, _received(ray, reference, shard))
     finally:
-        for reference in waiting:
+        if cancel:
+            _cancel(ray, list(waiting))
+
+
+def _cancel(ray: Any, references: Sequence[Any]) -> None:
+    """Ends tasks. One that is just being sent to a worker does not notice, and is told again.
+
+    Cancelling a task in the moment in which it ends aborts the process (Ray 2.60: "Tried to complete task that was not
+    pending"), so none is that has ended, and none at all where disconnecting does it.
+    """
+    for wait in (0, *[1] * 20):
+        references = ray.wait(references, num_returns=len(references), timeout=wait)[1] if references else []
+        for reference in references:
             ray.cancel(reference, force=True)
 
 

@@ -200,13 +200,15 @@ class _TorchModel:
         import torch
 
         from ..export.export import companion_files, write_companions
+        from ..export.weights import float_folder
         from ..reference import Reference
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
         checkpoint, family = _open_model(source)
-        self._reference = Reference(checkpoint.folder, family)
+        with float_folder(checkpoint) as plain:
+            self._reference = Reference(plain, family)
         manifest = family.describe(checkpoint.folder, self._reference.model.config, "float32")
         with tempfile.TemporaryDirectory() as folder:
             write_companions(companion_files(family, checkpoint.folder), Path(folder))

@@ -46,6 +46,12 @@ _BITS = (4, 8)
 _AT_ONCE = 1 << 22
 #: Where `config.json` says how the checkpoint, or the language model in it, was quantized.
 _KEYS, _LANGUAGE = ("quantization_config", "compression_config"), ("text_config", "llm_config")
+_LAYOUTS = {
+    "awq": ("gemm", "gemv"),
+    "gptq": ("gptq", "gptq_v2"),
+    # The last says nothing of the layers: their tensors do.
+    "compressed-tensors": ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", ""),
+}
 _KNOWN = "awq (gemm, gemv), gptq (gptq, gptq_v2) and compressed-tensors (pack-quantized, int-quantized)"
 _REMEDY = "Export the checkpoint with float weights and quantize it with --quantize."
 #: Tensors of a quantized linear layer, by what its checkpoint's method calls them; the first is the weight itself.
@@ -178,13 +184,12 @@ def _checked(said: Any, name: str) -> Quantization:
 def _refusal(quantization: Quantization) -> str | None:
     """What of it is not covered, as a text behind its method; None where all is."""
     method, config, layout = quantization.method, quantization.config, quantization.layout
-    covered = {"awq": ("gemm", "gemv"), "gptq": ("gptq", "gptq_v2")}
-    if method not in (*covered, "compressed-tensors"):
+    if method not in _LAYOUTS:
         return ""
-    if method in covered and layout not in covered[method]:
+    if layout not in _LAYOUTS[method]:
         return f" in the layout {layout!r}"
     bits = config.get("bits", config.get("w_bit", 4))
-    if method in covered and not (bits in _BITS if method == "gptq" else bits == 4):
+    if method != "compressed-tensors" and bits not in (_BITS if method == "gptq" else (4,)):
         return f" with {bits} bits"
     if config.get("pack_dtype") not in (None, "int32"):
         return f" in words of {config['pack_dtype']}"

@@ -148,9 +148,13 @@ class Segment:
     gives: list[str] = field(default_factory=list)
 
 
-def segments_of(graph: ir.Graph, most: int = SEGMENT_BYTES) -> list[Segment]:
-    """Cuts a graph, in its order, where the fewest values cross. A node with more weights than `most` is alone."""
-    nodes = list(graph)
+def segments_of(graph: ir.Graph, most: int | None = None, together: Iterable[Iterable[ir.Node]] = ()) -> list[Segment]:
+    """Cuts a graph, in its order, into segments with weights of `most` bytes (`SEGMENT_BYTES`), and with at least half of what
+    would fit: where the fewest groups of nodes that belong `together` are cut, and the fewest values cross.
+
+    A node with more weights than that is alone.
+    """
+    most, nodes = SEGMENT_BYTES if most is None else most, list(graph)
     place = {node: number for number, node in enumerate(nodes)}
     bytes_of = [sum(_float_bytes(v) for v in node.inputs if v is not None) for node in nodes]
     # How many values cross the line behind each node.
@@ -161,6 +165,9 @@ def segments_of(graph: ir.Graph, most: int = SEGMENT_BYTES) -> list[Segment]:
             change[place[node]] += 1
             change[last] -= 1
     crossing = np.cumsum(change)
+    for group in together:
+        places = [place[node] for node in group]
+        crossing[min(places) : max(places)] += len(nodes)
     segments: list[Segment] = []
     first = 0
     while first < len(nodes):
@@ -168,7 +175,8 @@ def segments_of(graph: ir.Graph, most: int = SEGMENT_BYTES) -> list[Segment]:
         while end < len(nodes) and (end == first or total + bytes_of[end] <= most):
             total, end = total + bytes_of[end], end + 1
         if end < len(nodes):  # of the best places the last one
-            window = crossing[first:end]
+            from_here = np.cumsum(bytes_of[first:end])
+            window = np.where(2 * from_here >= total, crossing[first:end], np.iinfo(int).max)
             end = first + int(np.flatnonzero(window == window.min())[-1]) + 1
         segments.append(Segment(nodes[first:end]))
         first = end

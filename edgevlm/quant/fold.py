@@ -295,9 +295,16 @@ def _reshape(node: ir.Node, slots: np.ndarray, value: ir.Value) -> np.ndarray | 
     sizes, source = _sizes(value), node.inputs[0]
     if sizes is None:
         return None
-    # Where dynamic dimensions stay where they are among the others, it is one of the others.
-    if source is not None and _runs(source) is not None and _runs(source) == _runs(value):
-        return slots.reshape(sizes)
+    if source is not None and source.shape is not None and value.shape is not None:
+        # Where dynamic dimensions stay where they are among the others, it is one of the others.
+        if _runs(source.shape) == _runs(value.shape):
+            return slots.reshape(sizes)
+        # Dimensions in the middle may become others, along which all is alike.
+        first, last = _common(source.shape, value.shape)
+        middle = slots.reshape(*slots.shape[:first], -1, *slots.shape[slots.ndim - last :])
+        alike = _along(middle, first)
+        if alike is not None:
+            return alike.reshape(*alike.shape[:first], *[1] * (len(sizes) - first - last), *alike.shape[first + 1 :])
     # Rows that are all alike may become longer ones, whatever becomes of dynamic dimensions.
     rows = slots.reshape(-1, slots.shape[-1])
     if (rows == rows[0]).all() and isinstance(_last(value), int) and sizes[-1] % rows.shape[1] == 0:
@@ -397,17 +404,31 @@ def _sizes(value: ir.Value) -> tuple[int, ...] | None:
     return tuple(d if isinstance(d, int) else 1 for d in value.shape) if value.shape is not None else None
 
 
-def _runs(value: ir.Value) -> list[int] | None:
-    """Products of the static dimensions between the dynamic ones."""
-    if value.shape is None:
-        return None
-    runs = [1]
-    for dim in value.shape:
+def _runs(shape: ir.Shape) -> list[object]:
+    """Dynamic dimensions by name, and the products of the static ones between them; a single nameless one has to be what the
+    others leave."""
+    runs: list[object] = []
+    product, nameless = 1, 0
+    for dim in shape:
         if isinstance(dim, int):
-            runs[-1] *= dim
-        else:
-            runs.append(1)
-    return runs
+            product *= dim
+            continue
+        nameless += dim.value is None
+        # A second nameless one is like no other.
+        runs += [product, dim.value if nameless < 2 else object()]
+        product = 1
+    return [*runs, product]
+
+
+def _common(one: ir.Shape, other: ir.Shape) -> tuple[int, int]:
+    """How many dimensions are the same at the beginning, and, of the rest, at the end."""
+
+    def same(a: object, b: object) -> bool:
+        return a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None)
+
+    most = min(len(one), len(other))
+    first = next((n for n in range(most) if not same(one[n], other[n])), most)
+    return first, next((n for n in range(most - first) if not same(one[-1 - n], other[-1 - n])), most - first)
 
 
 def _size(value: ir.Value | None, axis: int) -> object:

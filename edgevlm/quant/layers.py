@@ -6,7 +6,7 @@ scales, GPTQ). What comes out is put on the shelf, and the segment's float weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +92,11 @@ def prepare_layers(
     """
     graph, prepared = model.graph, Prepared()
     caches = _caches(graph) if recipe.kv_cache != "float" else {}
-    segments = segments_of(graph)
+    segments = segments_of(graph, together=_folding(graph, part, recipe))
     samples: list[dict[str, Array]] = [dict(feed) for feed in feeds]
     for number, segment in enumerate(segments):
         step(number, len(segments))
-        layers = [layer for layer in _layers(segment, part, recipe) if layer.rule.calibrated]
+        layers = [layer for layer in _layers(segment.nodes, part, recipe) if layer.rule.calibrated]
         here = [name for name in caches if caches[name] in segment.nodes]
         new = {name: caches[name].inputs[1].name or "" for name in here}  # type: ignore[union-attr]
         watched, grams = [layer.value for layer in layers], [x.value for x in layers if "gptq" in x.rule.algorithm]
@@ -134,8 +134,22 @@ def _shelved(tensor: ir.TensorProtocol, shelf: Shelf) -> ir.TensorProtocol:
     return ir.LazyTensor(lambda: ir.Tensor(np.asarray(array), name=name), dtype=tensor.dtype, shape=shape, name=name)
 
 
-def _layers(segment: Segment, part: str, recipe: Recipe) -> Iterator[_Layer]:
-    for node in segment.nodes:
+def _folding(graph: ir.Graph, part: str, recipe: Recipe) -> Iterator[list[ir.Node]]:
+    """Layers that factors could be folded for, each with what would take them."""
+    for layer in _layers(graph, part, recipe):
+        assert layer.node.inputs[0] is not None
+        value = origin_of(layer.node.inputs[0])
+        if layer.rule.method == "w8a8" or "awq" in layer.rule.algorithm:
+            fold, readers = find_fold(value), consumers_of(value)
+            yield [
+                *(readers or ()),
+                *(use.node for target in (fold.targets if fold else ()) for use in target.uses()),
+                layer.node,
+            ]
+
+
+def _layers(nodes: Iterable[ir.Node], part: str, recipe: Recipe) -> Iterator[_Layer]:
+    for node in nodes:
         weight = weight_of(node)
         if weight is not None:
             yield _Layer(node, weight, recipe.rule_for(part, weight.name or ""))

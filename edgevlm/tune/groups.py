@@ -145,8 +145,8 @@ def recipe_from(name: str, groups: Sequence[Group], chosen: Mapping[str, Rule]) 
         # What is usual in a part is said last; whichever takes the fewest rules is.
         tried = [_short_rules(part, of, usual) for usual in (Rule("float"), *dict.fromkeys(of.values()))]
         tried.append([_rule(rule, part, glob.escape(weight)) for weight, rule in of.items() if rule.method != "float"])
-        said: list[list[Rule]] = [found for found in tried if _say(found, part, of)]
-        rules += min(said, key=len)
+        shortest = min((found for found in tried if _say(found, part, of)), key=len)
+        rules += shortest
     return Recipe(name, tuple(rules) or (Rule("float"),))
 
 

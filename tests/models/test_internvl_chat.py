@@ -348,7 +348,10 @@ def test_without_a_named_conversation_the_tokenizers_is_used(tiny: Callable[[str
         (lambda c: c.update(force_image_size=224), "force_image_size 224 and positions for image_size 28"),
         (lambda c: c.update(use_thumbnail=False), "use_thumbnail true"),
         (lambda c: c.update(use_llm_lora=16), "LoRA"),
-        (lambda c: c["llm_config"].update(quantization_config={"quant_method": "awq"}), r"already quantized \(awq\), .* no weight"),
+        (
+            lambda c: c["llm_config"].update(quantization_config={"quant_method": "awq"}),
+            r"already quantized \(awq\), .* no weight",
+        ),
         (lambda c: c.update(select_layer=-5), "select_layer = -5, and the vision tower has 3 layers: -4 to 3"),
         (lambda c: c.update(select_layer=[-1, -2]), "one layer is"),
         (lambda c: c.update(template="my_own"), "'my_own', which is code of the checkpoint; known here are internvl2_5, "),

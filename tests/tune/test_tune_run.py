@@ -63,8 +63,8 @@ class World:
         suite, manifest = load_suite(spec), Bundle.open(source, check_files=False).manifest
         recipe, wrong = manifest.recipe, 0
         if recipe is not None:
-            four = set(_weights_of(Path(source), ".int4"))
-            eight = set(_weights_of(Path(source), ".int8"))
+            weights = list(_weights_of(Path(source)))
+            four, eight = ([name for name in weights if name.endswith(end)] for end in (".int4", ".int8"))
             modules = [name for name in self.lost if any(name in weight for weight in four)]
             wrong = sum(self.lost[name] for name in modules) + self.together * (len(modules) > 1) * len(modules)
             wrong -= 1 * any("embed_tokens" in name for name in eight)
@@ -90,14 +90,12 @@ def run_subjects(sources: list[str]) -> Any:
     return describe_subjects(sources)
 
 
-def _weights_of(bundle: Path, end: str) -> Iterator[str]:
+def _weights_of(bundle: Path) -> Iterator[str]:
     from edgevlm.graphs import load_graph
 
     opened = Bundle.open(bundle, check_files=False)
     for part in opened.manifest.parts:
-        for name in load_graph(opened.part_path(part)).graph.initializers:
-            if name.endswith(end):
-                yield name
+        yield from load_graph(opened.part_path(part)).graph.initializers
 
 
 @pytest.fixture(scope="module")
