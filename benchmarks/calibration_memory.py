@@ -24,7 +24,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -39,7 +38,7 @@ from export_memory import (
     check_disk,
     machine,
     packages,
-    scratch,
+    run_measured,
     watch,
     weight_shapes,
     write_weights,
@@ -239,23 +238,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as after Ctrl-C
-    try:
-        if not Path("/proc/self/status").is_file():
-            raise MeasurementError("This needs Linux: memory is read from /proc.")
-        with scratch(options.work / f"{options.scale}-{options.recipe}", options.keep) as folder:
-            result = measure(options, folder, console)
-    except (MeasurementError, OSError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted" + ("" if options.keep else "; nothing was left behind"), file=sys.stderr)
-        return 130
-    (options.work / "calibration_memory.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print_table(result, console)
-    return 0 if result["within_limit"] else 1
+    name = f"{options.scale}-{options.recipe}"
+    return run_measured(options, name, "calibration_memory.json", measure, print_table)
 
 
 if __name__ == "__main__":

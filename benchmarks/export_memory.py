@@ -538,17 +538,22 @@ def scratch(folder: Path, keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+def run_measured(
+    options: argparse.Namespace,
+    name: str,
+    record: str,
+    measure: Callable[[argparse.Namespace, Path, Console], dict[str, Any]],
+    print_table: Callable[[dict[str, Any], Console], None],
+) -> int:
+    """Measures inside the folder `name` of the work folder, which is removed then; prints the result, and writes it into the
+    work folder as `record`. Returns the exit code."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as after Ctrl-C
     try:
         if not Path("/proc/self/status").is_file():
             raise MeasurementError("This needs Linux: memory is read from /proc.")
-        with scratch(
-            options.work / f"{options.family}-{options.scale}-{options.dtype}-{options.recipe}", options.keep
-        ) as folder:
+        with scratch(options.work / name, options.keep) as folder:
             result = measure(options, folder, console)
     except (MeasurementError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
@@ -556,9 +561,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted" + ("" if options.keep else "; nothing was left behind"), file=sys.stderr)
         return 130
-    (options.work / "export_memory.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (options.work / record).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_table(result, console)
     return 0 if result["within_limit"] else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    name = f"{options.family}-{options.scale}-{options.dtype}-{options.recipe}"
+    return run_measured(options, name, "export_memory.json", measure, print_table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ on the way:
 
 On the way back from `x`, every number carries its *slot*: the column of the weight (or number of the norm) that it comes from.
 Operators that move numbers are carried out on the slots. Nothing else may read what is divided. AWQ and SmoothQuant choose the
-factors; it knows nothing of methods.
+factors; it knows nothing of methods. Written here because libraries have lists of what folds into what, for torch modules of
+the architectures they know; on the graph it is found.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     MatMul(x, W)     → MatMul(x, DequantizeLinear(Wq, scales))        int8: axis 1; int4: axis 0 with block_size
     Gather(W, ids)   → Mul(Cast(Gather(Wq, ids)), Gather(scales, ids))
 
-Codes and scales are computed when they are written, one weight at a time, unless calibration has made them before.
+Codes and scales are computed when they are written, one weight at a time, unless calibration has made them before. Written
+here because ONNX Runtime's quantizers load the whole model, and write its own operators for four bits.
 """
 
 from __future__ import annotations

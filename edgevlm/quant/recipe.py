@@ -211,7 +211,7 @@ def _rule_from(entry: Any, where: str) -> Rule:
         not isinstance(block, int) or isinstance(block, bool) or block < 0 or (block and (block < 16 or block & (block - 1)))
     ):
         raise RecipeError(
-            f"{where} has the block_size {block!r}; it is a power of two, 16 or more (TensorRT takes 32, 64, 128), or 0 for "
+            f"{where} has the block_size {block!r}; it is a power of two, 16 or more (TensorRT takes up to 256), or 0 for "
             "one scale a channel."
         )
     if block is not None and method in ("nf4", "fp4") and block < 32:
