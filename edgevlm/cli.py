@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import EdgeVLMError, InputError, MissingDependencyError
-from .tables import describe_box, describe_picture, describe_seen, make_console, print_parts, print_report
+from .tables import describe_box, describe_picture, describe_seen, make_console, print_engines, print_parts, print_report
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -145,6 +145,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--against", required=True, metavar="MODEL", help="the checkpoint, as for export --model")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    sub = command("build", _build, "Make TensorRT engines of a bundle's parts, for a GPU that need not be there.")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument(
+        "--target", required=True, metavar="T",
+        help="rtx-4090 and other RTX cards, rtx (30, 40 and 50 series in one plan), orin-nano-8gb and other Jetsons, or local",
+    )  # fmt: skip
+    sub.add_argument("--precision", default="fp16", metavar="P", help="what engines compute in: fp16 (default), bf16 or fp32")
+    sub.add_argument(
+        "--capacity", type=int, metavar="N",
+        help="longest sequence in tokens, prompt and answer (default: the model's context length, at most 4096)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--max-visual-tokens", type=int, metavar="N",
+        help="most tokens that a picture may take (default: what the bundle's preprocessing makes, within the capacity)",
+    )  # fmt: skip
+    sub.add_argument("--parts", metavar="A,B", help="these parts alone (default: all)")
+    sub.add_argument("--force", action="store_true", help="try even where the memory is predicted not to suffice")
+    sub.add_argument("--rebuild", action="store_true", help="build parts anew whose engines are up to date")
 
     sub = command("run", _run, "Ask a bundle about pictures.")
     sub.add_argument("bundle", type=Path)
@@ -336,6 +355,21 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         print_report(report, make_console())
     return 1 if report.failures else 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    with _extra("quantize"):
+        from .engines.build import build_engines
+    arguments.left = "the engines that were through are kept; the same command goes on with the others"
+    with _progress() as (stage, step):
+        built = build_engines(
+            arguments.bundle, arguments.target, precision=arguments.precision, capacity=arguments.capacity,
+            visual_tokens=arguments.max_visual_tokens, parts=arguments.parts.split(",") if arguments.parts else None,
+            force=arguments.force, rebuild=arguments.rebuild, stage=stage,
+            progress=lambda share, what: step(what, int(100 * share), 100, None),
+        )  # fmt: skip
+    print_engines(built, make_console())
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -598,8 +632,8 @@ def _extra(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int], None]]]:
-    """A bar on stderr: what is being done, and over how many tensors it is through. In a log, a line for each stage."""
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int | None], None]]]:
+    """A bar on stderr: what is being done, and over how many tensors (of so many bytes) or hundredths it is through. In a log, a line for each stage."""
     if not sys.stderr.isatty():
 
         def say(text: str) -> None:
@@ -624,9 +658,10 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
             _stop_if_interrupted()
             bars.update(task, description=text, completed=0, total=None, detail="")
 
-        def step(name: str, done: int, total: int, size: int) -> None:
+        def step(name: str, done: int, total: int, size: int | None) -> None:
             _stop_if_interrupted()
-            bars.update(task, completed=done + 1, total=total, detail=f"{name} ({size / 1e6:.1f} MB)")
+            detail = name if size is None else f"{name} ({size / 1e6:.1f} MB)"
+            bars.update(task, completed=done + (size is not None), total=total, detail=detail)
 
         yield stage, step
 

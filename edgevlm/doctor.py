@@ -21,6 +21,7 @@ __all__ = ["EXTRAS", "Finding", "examine", "missing_modules"]
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "quantize": ("onnx_ir", "ml_dtypes"),
+    "tensorrt-rtx": ("onnx_ir", "ml_dtypes", "tensorrt_rtx_bindings"),
     "eval": ("matplotlib", "pycocoevalcap", "scipy"),
     "ray": ("ray",),
     "export": ("torch", "transformers", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub"),

@@ -11,6 +11,7 @@
     ├── BundleError                   the bundle on disk
     │   ├── ManifestError             edgevlm.json is unreadable, inconsistent or of a newer schema
     │   └── IntegrityError            a file is missing, changed, or lies outside the bundle
+    ├── EngineError                   a TensorRT engine that cannot be built, or is not what was asked for
     ├── InputError                    what the caller asked for
     │   ├── ImageError                no picture, too large, too thin
     │   ├── PromptError               places and pictures do not match, a template that fails
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClusterError",
     "EdgeVLMError",
+    "EngineError",
     "ExportError",
     "ImageError",
     "InputError",
@@ -89,6 +91,10 @@ class ManifestError(BundleError):
 
 class IntegrityError(BundleError):
     """A file of the bundle is missing, changed, or lies outside of it."""
+
+
+class EngineError(EdgeVLMError):
+    """A TensorRT engine cannot be built, or is not what was asked for."""
 
 
 class InputError(EdgeVLMError):

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from .bundle import Bundle, Manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .boxes import Box
+    from .engines.build import Built
     from .vlm import Seen
 
-__all__ = ["describe_box", "describe_picture", "describe_seen", "make_console", "print_parts", "print_report"]
+__all__ = ["describe_box", "describe_picture", "describe_seen", "make_console", "print_engines", "print_parts", "print_report"]
 
 
 def make_console(stderr: bool = False) -> Any:
@@ -77,6 +80,27 @@ def _describe(tensors: dict[str, Any]) -> str:
     shown = [f"{n} {t.dtype}[{', '.join(map(str, t.shape))}]" for n, t in tensors.items() if "." not in n]
     hidden = len(tensors) - len(shown)
     return ", ".join([*shown, f"{hidden} keys and values"] if hidden else shown)
+
+
+def print_engines(engines: Sequence[Built], console: Any) -> None:
+    """What `build` made, or found up to date."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("part", "MB", "precision", "for", "shapes", "seconds", ""):
+        table.add_column(column, justify="right" if column in ("MB", "seconds") else "left")
+    for engine in engines:
+        record, key = engine.record, engine.record.key
+        shapes = ", ".join(profile.name for profile in key.profiles if profile.shapes) or "fixed"
+        done = f"built: {engine.why}" if engine.why else "up to date"
+        table.add_row(
+            engine.part, f"{record.size / 1e6:,.2f}", key.precision, "+".join(key.capabilities), shapes,
+            f"{record.seconds:.1f}", escape(done),
+        )  # fmt: skip
+    console.print(table)
+    if engines:
+        console.print(escape(f"{engines[0].path.parent} ({engines[0].record.key.flavour} {engines[0].record.key.version})"))
 
 
 def print_report(report: Any, console: Any) -> None:

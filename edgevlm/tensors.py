@@ -162,7 +162,7 @@ class StreamedTensor(_BlockTensor):
 
     def tofile(self, file: Any) -> None:
         for block in self._blocks():
-            file.write(np.ascontiguousarray(block).data)
+            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)  # bfloat16 alone has no buffer
 
 
 class StreamedNibbles(StreamedTensor):
