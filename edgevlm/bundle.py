@@ -195,13 +195,13 @@ class Manifest:
             raise ManifestError(
                 f"{where} has schema version {data['schema_version']}; this EdgeVLM reads version {SCHEMA_VERSION}. {remedy}"
             )
-        return _decode(cls, data, where)
+        return decode_json(cls, data, where)
 
 
 T = TypeVar("T")
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
+def decode_json(kind: Any, data: Any, where: str) -> Any:
     """A value of the annotated type from parsed JSON; ManifestError names the place that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -209,7 +209,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             with contextlib.suppress(ManifestError):
-                return _decode(option, data, where)
+                return decode_json(option, data, where)
         raise ManifestError(f"{where} is {data!r}; expected {' or '.join(getattr(a, '__name__', str(a)) for a in arguments)}.")
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
@@ -224,22 +224,22 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if unknown or missing:
             said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
             raise ManifestError(f"{where} {' and '.join(said)}. The bundle is damaged; export it again.")
-        return kind(**{name: _decode(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+        return kind(**{name: decode_json(hints[name], value, f"{where}: {name}") for name, value in data.items()})
     if origin is dict:
         if not isinstance(data, dict):
             raise ManifestError(f"{where} is {type(data).__name__}; expected an object.")
-        return {name: _decode(arguments[1], value, f"{where}: {name}") for name, value in data.items()}
+        return {name: decode_json(arguments[1], value, f"{where}: {name}") for name, value in data.items()}
     if origin in (tuple, list):
         if not isinstance(data, list):
             raise ManifestError(f"{where} is {type(data).__name__}; expected a list.")
-        return origin(_decode(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(data))
+        return origin(decode_json(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(data))
     wanted = type(None) if kind is None else kind
     if not isinstance(data, wanted) or (isinstance(data, bool) and wanted is not bool):
         raise ManifestError(f"{where} is {data!r}; expected {wanted.__name__}.")
     return data
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
 
@@ -324,7 +324,7 @@ class Bundle:
                     f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
                 )
             try:
-                changed = hashes and _sha256(path) != record.sha256
+                changed = hashes and sha256_of(path) != record.sha256
             except OSError as exc:
                 raise IntegrityError(f"{path} cannot be read: {exc.strerror}.") from exc
             if changed:
@@ -421,7 +421,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Hashes every file in `folder` into the manifest and writes it, last of all."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     records = {
-        name: FileRecord(_sha256(folder / name), (folder / name).stat().st_size)
+        name: FileRecord(sha256_of(folder / name), (folder / name).stat().st_size)
         for name in names
         if name != MANIFEST and name.split("/")[0] not in _UNHASHED
     }

@@ -633,7 +633,8 @@ def _extra(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int, int | None], None]]]:
-    """A bar on stderr: what is being done, and over how many tensors (of so many bytes) or hundredths it is through. In a log, a line for each stage."""
+    """A bar on stderr: what is being done, and over how many tensors (of so many bytes) or hundredths it is through. In a log,
+    a line for each stage."""
     if not sys.stderr.isatty():
 
         def say(text: str) -> None:

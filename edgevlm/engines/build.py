@@ -1,6 +1,6 @@
 """`edgevlm build`: the parts of a bundle become TensorRT engines for a target.
 
-    part's graph → [`cast`: precision] → [`fit`: what TensorRT insists on] → parsed → [`inspection`] → built → renamed into place
+    graph → [`cast`: precision] → [`fit`: what TensorRT insists on] → parsed → [`inspection`] → built → renamed into place
 
 An engine that is there and fits is left alone. Each is whole or not there at all: plans are written into a hidden folder and
 renamed, and `engine.json` is replaced behind them, so an interrupted build keeps the parts that were through. The bundle's own
@@ -9,7 +9,6 @@ files are not touched. Where TensorRT lies in it is in `tensorrt`; the robot rea
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import shutil
@@ -25,8 +24,9 @@ from ..errors import EngineError, InputError, OutputError
 from ..graphs import load_graph, save_graph
 from ..images import ImageProcessor, PixelRange
 from .cast import cast_graph
-from .fit import fix_dimensions, mark_decomposable, pack_tables
+from .fit import fix_dimensions, mark_decomposable, pack_tables, shield_masks
 from .inspection import check_network, expected_of
+from .lower import lower_graph
 from .memory import available_memory, predict_peak
 from .plan import read_plan_header
 from .profiles import Limits, Profile, limits_for, profiles_for
@@ -45,8 +45,13 @@ from .tensorrt import TensorRT, open_tensorrt
 
 __all__ = ["PRECISIONS", "Built", "build_engines"]
 
-PRECISIONS = {"fp16": ("float16", ir.DataType.FLOAT16), "bf16": ("bfloat16", ir.DataType.BFLOAT16), "fp32": ("float32", ir.DataType.FLOAT)}
+PRECISIONS = {
+    "fp16": ("float16", ir.DataType.FLOAT16),
+    "bf16": ("bfloat16", ir.DataType.BFLOAT16),
+    "fp32": ("float32", ir.DataType.FLOAT),
+}
 _TIMINGS = "timing.cache"
+_OPSET_24 = (10, 15)
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,7 @@ def build_engines(
         raise InputError(f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}.")
     tensorrt = open_tensorrt(chosen.flavour)
     opened = Bundle.open(bundle)
-    limits = limits_for(
-        opened.manifest, capacity=capacity, visual_tokens=visual_tokens, most_tokens=_most_tokens(opened)
-    )
+    limits = limits_for(opened.manifest, capacity=capacity, visual_tokens=visual_tokens, most_tokens=_most_tokens(opened))
     names = _check_parts(opened, parts)
     keys = {name: _key(opened, name, chosen, tensorrt, precision, limits) for name in names}
     reasons = {name: "asked for" if rebuild else _why(opened, name, chosen, keys[name]) for name in names}
@@ -110,8 +113,8 @@ def _check_parts(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
         others = [name for name in parts if not parts[name].onnxruntime_only]
         instead = f"; --parts {','.join(others)} builds the others" if others else ""
         raise EngineError(
-            f"TensorRT does not take what is in {'; '.join(beyond)}: these parts run on ONNX Runtime alone. Quantize with int8 or "
-            f"int4 for TensorRT{instead}."
+            f"TensorRT does not take what is in {'; '.join(beyond)}: these parts run on ONNX Runtime alone. Quantize with "
+            f"int8 or int4 for TensorRT{instead}."
         )
     return names
 
@@ -134,15 +137,18 @@ def _most_tokens(bundle: Bundle) -> int | None:
     return None
 
 
-def _key(
-    bundle: Bundle, part: str, target: BuildTarget, tensorrt: TensorRT, precision: str, limits: Limits
-) -> EngineKey:
+def _key(bundle: Bundle, part: str, target: BuildTarget, tensorrt: TensorRT, precision: str, limits: Limits) -> EngineKey:
     graph, weights = part_hashes(bundle, part)
     manifest = bundle.manifest
     return EngineKey(
         graph, weights, tensorrt.flavour, tensorrt.version, target.capabilities, target.device, precision,
-        profiles_for(part, manifest.parts[part], manifest, limits), ("strongly_typed",),
+        profiles_for(part, manifest.parts[part], manifest, limits), ("strongly_typed", *["lowered"] * _is_old(tensorrt)),
     )  # fmt: skip
+
+
+def _is_old(tensorrt: TensorRT) -> bool:
+    """Whether it has no Attention, TensorScatter, RMSNormalization and RotaryEmbedding. Parsers of opset 24 begin with 10.15."""
+    return tensorrt.flavour == "tensorrt" and tensorrt.release < _OPSET_24
 
 
 def _why(bundle: Bundle, part: str, target: BuildTarget, key: EngineKey) -> str:
@@ -180,7 +186,7 @@ def _build_part(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
-            model = prepare_part(bundle, part, key.precision, key.profiles)
+            model = prepare_part(bundle, part, key.precision, key.profiles, lowered="lowered" in key.flags)
             expected = expected_of(model)
             dtypes = _changed_dtypes(bundle, part, model)
             save_graph(model, scratch / "part.onnx")
@@ -214,14 +220,18 @@ def _build_part(
     return record
 
 
-def prepare_part(bundle: Bundle, part: str, precision: str, profiles: Sequence[Profile]) -> ir.Model:
-    """A part's graph as TensorRT gets it."""
+def prepare_part(bundle: Bundle, part: str, precision: str, profiles: Sequence[Profile], *, lowered: bool = False) -> ir.Model:
+    """A part's graph as TensorRT gets it; `lowered` for one that knows nothing newer than opset 20."""
     model = load_graph(bundle.part_path(part))
     source = ir.DataType.FLOAT16 if bundle.manifest.dtype == "float16" else ir.DataType.FLOAT
     cast_graph(model, source, PRECISIONS[precision][1])
     fix_dimensions(model, profiles)
     pack_tables(model)
-    mark_decomposable(model)
+    if lowered:
+        lower_graph(model)
+    else:
+        mark_decomposable(model)
+        shield_masks(model)
     return model
 
 
@@ -239,7 +249,7 @@ def _check_header(path: Path, part: str, key: EngineKey) -> None:
         raise EngineError(f"{key.flavour} {key.version} wrote a plan of {header.flavour} {header.version} for the part {part}.")
     if header.capabilities and set(header.capabilities) != set(key.capabilities):
         raise EngineError(
-            f"The plan of the part {part} is for {'+'.join(header.capabilities)}; it was to be for {'+'.join(key.capabilities)}."
+            f"The plan of the part {part} is for {'+'.join(header.capabilities)}; asked for were {'+'.join(key.capabilities)}."
         )
 
 

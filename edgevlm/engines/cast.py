@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import EngineError
-from ..tensors import StreamedTensor, _parts
+from ..tensors import StreamedTensor, row_blocks
 
 __all__ = ["cast_graph", "fill_types"]
 
@@ -71,10 +71,11 @@ def fill_types(graph: ir.Graph) -> None:
             if output.dtype is not None:
                 continue
             place = _BY_INPUT.get(node.op_type, 0)
-            known = node.inputs[place].dtype if len(node.inputs) > place and node.inputs[place] is not None else None
+            read = node.inputs[place] if len(node.inputs) > place else None
+            kept = read.dtype if read is not None else None
             if node.op_type == "Cast":
-                known = ir.DataType(node.attributes["to"].as_int())
-            output.dtype = _TYPED.get(node.op_type, known)
+                kept = ir.DataType(node.attributes["to"].as_int())
+            output.dtype = _TYPED[node.op_type] if node.op_type in _TYPED else kept
 
 
 def _angles_and_indices(graph: ir.Graph, source: ir.DataType) -> set[ir.Node]:
@@ -164,9 +165,8 @@ def _cast_weight(
     else:
 
         def blocks() -> Iterator[np.ndarray]:
-            array = tensor.numpy()
-            for part in _parts(shape[0], int(np.prod(shape[1:]))):
-                yield _narrow(array[part], target, value.name or "")
+            for _, block in row_blocks(tensor):
+                yield _narrow(block, target, value.name or "")
 
         narrow = StreamedTensor(blocks, target, shape, name)
     made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(target), const_value=narrow)

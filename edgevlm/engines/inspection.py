@@ -58,7 +58,9 @@ def check_network(network: Network, expected: Expected, part: str) -> dict[str, 
     """How many attention layers, masks and cache updates there are. Raises EngineError, naming part and layer."""
 
     def refuse(what: str) -> None:
-        raise EngineError(f"TensorRT read the part {part} otherwise than it is: {what}. The engine would be wrong; it is not built.")
+        raise EngineError(
+            f"TensorRT read the part {part} otherwise than it is: {what}. The engine would be wrong; it is not built."
+        )
 
     read = {name for layer in network.layers for name in layer.inputs}
     for name in expected.inputs:

@@ -14,12 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, _decode, _sha256
+from ..bundle import Bundle, decode_json, sha256_of
 from ..errors import EngineError, ManifestError
 from .plan import read_plan_header
 from .profiles import Profile
 
-__all__ = ["FORM", "RECORD", "Engine", "EngineKey", "EngineRecord", "Host", "engine_folder", "find_engine", "part_hashes", "read_records"]
+__all__ = [
+    "FORM",
+    "RECORD",
+    "Engine",
+    "EngineKey",
+    "EngineRecord",
+    "Host",
+    "check_plan",
+    "engine_folder",
+    "find_engine",
+    "part_hashes",
+    "read_records",
+    "write_records",
+]
 
 RECORD = "engine.json"
 #: Grows with every change of what is made of the same graph, so that older engines are built again.
@@ -121,7 +134,7 @@ def read_records(folder: Path) -> dict[str, EngineRecord]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("schema_version") != _SCHEMA:
             raise EngineError(f"{path} is not of the kind that this EdgeVLM writes. `edgevlm build` makes the engines again.")
-        records: dict[str, EngineRecord] = _decode(dict[str, EngineRecord], data.get("parts"), str(path))
+        records: dict[str, EngineRecord] = decode_json(dict[str, EngineRecord], data.get("parts"), str(path))
     except (OSError, ValueError, RecursionError, ManifestError) as exc:
         raise EngineError(f"{path} is damaged ({exc}). `edgevlm build` makes the engines again.") from exc
     return records
@@ -147,8 +160,9 @@ def check_plan(path: Path, record: EngineRecord, *, hashes: bool = True) -> str 
     try:
         header = read_plan_header(path)
         if header.flavour != record.key.flavour or (header.version and header.version != record.key.version):
-            return f"{path} is a plan of {header.flavour} {header.version}, {RECORD} says {record.key.flavour} {record.key.version}"
-        if hashes and _sha256(path) != record.sha256:
+            said = f"{record.key.flavour} {record.key.version}"
+            return f"{path} is a plan of {header.flavour} {header.version}, {RECORD} says {said}"
+        if hashes and sha256_of(path) != record.sha256:
             return f"{path} is damaged: its sha256 is not the one in {RECORD}"
     except (EngineError, OSError) as exc:
         return str(exc).rstrip(".")

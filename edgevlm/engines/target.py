@@ -19,7 +19,8 @@ _RTX = {
 }
 _JETSON = {
     "sm87": (
-        "orin-nano-4gb", "orin-nano-8gb", "orin-nano-super-8gb", "orin-nx-8gb", "orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb",
+        "orin-nano-4gb", "orin-nano-8gb", "orin-nano-super-8gb", "orin-nx-8gb", "orin-nx-16gb", "agx-orin-32gb",
+        "agx-orin-64gb",
     ),
     "sm110": ("agx-thor",),
 }  # fmt: skip
@@ -53,15 +54,11 @@ def local_gpu() -> LocalGPU | None:
         return None
     device, major, minor = (ctypes.c_int() for _ in range(3))
     name = ctypes.create_string_buffer(256)
-    calls = (
-        lambda: cuda.cuInit(0),
-        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
-        lambda: cuda.cuDeviceGetName(name, len(name), device),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
-    )
-    if any(call() != 0 for call in calls):
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetName(name, len(name), device):
         return None
+    for number, into in ((75, major), (76, minor)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if cuda.cuDeviceGetAttribute(ctypes.byref(into), number, device):
+            return None
     return LocalGPU(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
 
 
@@ -76,8 +73,8 @@ def build_target(name: str) -> BuildTarget:
     if name == "local":
         if gpu is None:
             raise EngineError(
-                "The target local is this machine's own GPU, and there is none (no driver, or no device). Engines for RTX cards "
-                f"are built without one: --target {', '.join((*_PORTABLE, 'rtx-4090'))}, …"
+                "The target local is this machine's own GPU, and there is none (no driver, or no device). Engines for RTX "
+                f"cards are built without one: --target {', '.join((*_PORTABLE, 'rtx-4090'))}, …"
             )
         flavour = "tensorrt-rtx" if gpu.capability in _RTX_CAPABILITIES else "tensorrt"
         return BuildTarget(name, flavour, (gpu.capability,), gpu.name if flavour == "tensorrt" else "")
@@ -85,8 +82,8 @@ def build_target(name: str) -> BuildTarget:
         if name in names:
             if gpu is not None and gpu.capability != capability:
                 raise EngineError(
-                    f"The target {name} is {capability}, the GPU here is {gpu.name} ({gpu.capability}). Classic TensorRT builds "
-                    "for the GPU that it runs on: run `edgevlm build` on the Jetson."
+                    f"The target {name} is {capability}, the GPU here is {gpu.name} ({gpu.capability}). Classic TensorRT "
+                    "builds for the GPU that it runs on: run `edgevlm build` on the Jetson."
                 )
             return BuildTarget(name, "tensorrt", (capability,), gpu.name if gpu else "")
     known = [n for group in (*_RTX.values(), *_JETSON.values(), _PORTABLE, ("local",)) for n in group]

@@ -59,11 +59,12 @@ class TensorRT:
     log: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        base, said = self.module.ILogger, self.log
+        trt: Any = self.module
+        said = self.log
 
-        class Logger(base):  # type: ignore[misc]  # not typed
+        class Logger(trt.ILogger):  # type: ignore[misc]  # not typed
             def __init__(self) -> None:
-                base.__init__(self)
+                trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
                 said.append((str(severity).rsplit(".", 1)[-1], message))
@@ -195,11 +196,10 @@ def _first_line(text: str) -> str:
 def _monitor(trt: Any, progress: BuildProgress, stop: threading.Event, raised: list[BaseException]) -> Any:
     """TensorRT reports phases within phases, each with its steps; this makes one share of it. Refusing a step ends the build;
     an exception must not reach TensorRT, and is kept in `raised`."""
-    base = trt.IProgressMonitor
 
-    class Monitor(base):  # type: ignore[misc]  # not typed
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # not typed
         def __init__(self) -> None:
-            base.__init__(self)
+            trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, list[Any]] = {}  # name → steps done, steps there are, parent
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
