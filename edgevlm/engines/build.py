@@ -116,6 +116,13 @@ def _check_parts(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
             f"TensorRT does not take what is in {'; '.join(beyond)}: these parts run on ONNX Runtime alone. Quantize with "
             f"int8 or int4 for TensorRT{instead}."
         )
+    for name in names:
+        kept = {info.dtype for tensor, info in parts[name].inputs.items() if tensor.startswith("past_key_values.")}
+        if "int8" in kept:
+            raise EngineError(
+                f"The part {name} keeps its KV cache in int8; TensorRT's cache layer takes floats alone. Quantize with "
+                "--kv-cache float for TensorRT."
+            )
     return names
 
 
@@ -147,7 +154,7 @@ def _key(bundle: Bundle, part: str, target: BuildTarget, tensorrt: TensorRT, pre
 
 
 def _is_old(tensorrt: TensorRT) -> bool:
-    """Whether it has no Attention, TensorScatter, RMSNormalization and RotaryEmbedding. Parsers of opset 24 begin with 10.15."""
+    """Whether it lacks Attention, TensorScatter, RMSNormalization and RotaryEmbedding. The first that has them is 10.15."""
     return tensorrt.flavour == "tensorrt" and tensorrt.release < _OPSET_24
 
 
@@ -190,6 +197,7 @@ def _build_part(
             expected = expected_of(model)
             dtypes = _changed_dtypes(bundle, part, model)
             save_graph(model, scratch / "part.onnx")
+            del model  # and with it the bundle's mapped weights
             network = tensorrt.parse(scratch / "part.onnx", part)
             layers = check_network(network, expected, part)
             timings = folder / _TIMINGS

@@ -75,7 +75,11 @@ def fill_types(graph: ir.Graph) -> None:
             kept = read.dtype if read is not None else None
             if node.op_type == "Cast":
                 kept = ir.DataType(node.attributes["to"].as_int())
-            output.dtype = _TYPED[node.op_type] if node.op_type in _TYPED else kept
+            output.dtype = _typed(node.op_type) or kept
+
+
+def _typed(op_type: str) -> ir.DataType | None:
+    return _TYPED.get(op_type)
 
 
 def _angles_and_indices(graph: ir.Graph, source: ir.DataType) -> set[ir.Node]:

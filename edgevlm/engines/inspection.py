@@ -55,7 +55,10 @@ def expected_of(model: ir.Model) -> Expected:
 
 
 def check_network(network: Network, expected: Expected, part: str) -> dict[str, int]:
-    """How many attention layers, masks and cache updates there are. Raises EngineError, naming part and layer."""
+    """How many layers, attention layers, masks, cache updates and dequantized weights there are.
+
+    Raises EngineError, naming part and layer.
+    """
 
     def refuse(what: str) -> None:
         raise EngineError(
@@ -86,4 +89,8 @@ def check_network(network: Network, expected: Expected, part: str) -> dict[str, 
         if name not in names:
             refuse(f"the layer {name} is missing")
     masks = sum(bool(mask) for mask in expected.attention.values())
-    return {"layers": len(network.layers), "attention": len(found), "masks": masks, "cache_updates": len(updates)}
+    dequantized = sum(layer.kind == "DEQUANTIZE" for layer in network.layers)
+    return {
+        "layers": len(network.layers), "attention": len(found), "masks": masks, "cache_updates": len(updates),
+        "dequantized": dequantized,
+    }  # fmt: skip

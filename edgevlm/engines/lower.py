@@ -4,8 +4,8 @@
 2. `RotaryEmbedding` becomes products of the two halves of a row with cosines and sines.
 3. `TensorScatter` becomes `ScatterElements` into the same cache of fixed capacity. The result is another tensor than the input,
    so a step copies the cache.
-4. `Attention` becomes two products around a softmax, with the query heads that share a key head side by side: `[B, H_kv, G·S, D]`
-   against `[B, H_kv, T, D]`, so that keys and values are not repeated.
+4. `Attention` becomes two products around a softmax, with the query heads that share a key head below each other,
+   `[B, H_kv, G·S, D]` against `[B, H_kv, T, D]`, so that keys and values are not repeated.
 5. `Clip` of integers becomes `Max` and `Min`.
 
 What is left must be in the list of operators that TensorRT 10.1's parser has, or is named:
@@ -24,18 +24,19 @@ import onnx_ir as ir
 
 from ..errors import EngineError
 
-__all__ = ["KNOWN", "lower_attention", "lower_graph"]
+__all__ = ["KNOWN", "lower_graph"]
 
 #: Operators of that list which stand in bundles, or may.
-KNOWN = frozenset(
-    (
-        "Abs Add And ArgMax Cast Ceil Concat Constant ConstantOfShape Conv Cos Clip CumSum DequantizeLinear Div Einsum Equal Erf Exp "
-        "Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less "
-        "LessOrEqual Log MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean "
-        "ReduceMin ReduceProd ReduceSum Relu Reshape Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax "
-        "Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor"
-    ).split()
-)
+KNOWN = frozenset((
+    "Abs", "Add", "And", "ArgMax", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos",
+    "CumSum", "DequantizeLinear", "Div", "Einsum", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
+    "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less",
+    "LessOrEqual", "Log", "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow",
+    "QuantizeLinear", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu",
+    "Reshape", "Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax",
+    "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze",
+    "Where", "Xor",
+))  # fmt: skip
 _OPSET, _OPSET_BLOCKS = 20, 21
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -50,18 +51,10 @@ def lower_graph(model: ir.Model) -> None:
         node = unknown[0]
         raise EngineError(
             f"TensorRT before 10.15 has no {node.domain and node.domain + '::'}{node.op_type}, which the node {node.name} is. "
-            "JetPack 7 has a newer one."
+            "A newer TensorRT is needed, or ONNX Runtime."
         )
     blocks = any(node.attributes.get_int("block_size", 0) for node in model.graph)
     model.graph.opset_imports[""] = _OPSET_BLOCKS if blocks else _OPSET
-
-
-def lower_attention(model: ir.Model, wanted: Callable[[ir.Node], bool]) -> None:
-    """Writes out those Attention nodes that are `wanted`, in place (rule 4 alone)."""
-    writer = _Writer(model.graph)
-    for node in list(model.graph):
-        if node.op_type == "Attention" and wanted(node):
-            _attention(writer, node)
 
 
 class _Writer:
@@ -138,9 +131,7 @@ def _rotary(writer: _Writer, node: ir.Node) -> None:
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         raise EngineError(f"{node.name} looks its angles up; it has no form for TensorRT before 10.15.")
     if any(options.get_int(key, 0) for key in ("interleaved", "num_heads", "rotary_embedding_dim")):
-        raise EngineError(
-            f"{node.name} is interleaved, partial or of three dimensions; TensorRT before 10.15 has no form for it."
-        )
+        raise EngineError(f"{node.name} is interleaved or partial; TensorRT before 10.15 has no form for it.")
     add, name = writer.add, node.name or "rotary"
     half = int(cosines.shape[-1]) if cosines.shape is not None and isinstance(cosines.shape[-1], int) else None
     if half is None and x.shape is not None and isinstance(x.shape[3], int):
@@ -167,7 +158,7 @@ def _scatter(writer: _Writer, node: ir.Node) -> None:
     past, rows, start = (_read(node, i) for i in range(3))
     if past.dtype not in _FLOATS:
         raise EngineError(
-            f"The KV cache {past.name} is {past.dtype and past.dtype.name.lower()}; TensorRT before 10.15 scatters floats alone. "
+            f"The KV cache {past.name} is {past.dtype and past.dtype.name.lower()}; TensorRT before 10.15 scatters floats. "
             "Quantize with --kv-cache float."
         )
     add, name = writer.add, node.name or "scatter"
@@ -210,9 +201,7 @@ def _masked(writer: _Writer, node: ir.Node, scores: ir.Value, mask: ir.Value, gr
     add, name = writer.add, node.name or "attention"
     by_head = mask.shape is not None and len(mask.shape) == 4 and mask.shape[1] != 1
     if groups > 1 and by_head:
-        raise EngineError(
-            f"{name} has a mask for each head and shares keys between heads; TensorRT before 10.15 has no form for it."
-        )
+        raise EngineError(f"{name} has a mask for each head and shares keys; TensorRT before 10.15 has no form for it.")
     if groups > 1:
         known = writer.made.get((mask, groups))
         mask = known or add(node, "Concat", f"{name}.repeated", *[mask] * groups, axis=-2)

@@ -65,9 +65,7 @@ def limits_for(
         beside = manifest.cross_attention is not None and manifest.cross_attention.source == "images"
         visual_tokens = max(least, min(most_tokens or capacity, capacity)) if not beside else least
     if isinstance(visual_tokens, bool) or not isinstance(visual_tokens, int) or visual_tokens < least:
-        raise InputError(
-            f"The visual tokens asked for are {visual_tokens!r}; a picture takes {least} of this model's at least."
-        )
+        raise InputError(f"The visual tokens asked for are {visual_tokens!r}; a picture takes {least} in this model at least.")
     return Limits(capacity, visual_tokens)
 
 

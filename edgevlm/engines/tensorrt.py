@@ -67,7 +67,9 @@ class TensorRT:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                said.append((str(severity).rsplit(".", 1)[-1], message))
+                name = str(severity).rsplit(".", 1)[-1]
+                if name in ("INTERNAL_ERROR", "ERROR"):
+                    said.append((name, message))
 
         self.logger = Logger()
 
@@ -102,7 +104,7 @@ class TensorRT:
         profiles: Sequence[Profile],
         capabilities: Sequence[str],
         *,
-        timing_cache: bytes | None = None,
+        timing_cache: bytes = b"",
         progress: BuildProgress = lambda *_: None,
     ) -> tuple[Any, bytes | None]:
         """The plan, as a buffer, and the timing cache, where the flavour has one. An interrupt ends the build at its next step.
@@ -119,13 +121,7 @@ class TensorRT:
                 made.set_shape(name, *shapes)
             if config.add_optimization_profile(made) < 0:
                 raise EngineError(f"{self.flavour} refuses the profile {profile.name!r} of the part {part}: {self._errors()}.")
-        cache = None
-        if timing_cache is not None and self.flavour == "tensorrt":
-            cache = config.create_timing_cache(timing_cache)
-            # One of another device or version is begun anew.
-            if not config.set_timing_cache(cache, ignore_mismatch=False):
-                cache = config.create_timing_cache(b"")
-                config.set_timing_cache(cache, ignore_mismatch=False)
+        cache = self._set_timing_cache(config, timing_cache)
         stop, raised = threading.Event(), list[BaseException]()
         monitor = _monitor(trt, progress, stop, raised)
         config.progress_monitor = monitor
@@ -146,9 +142,19 @@ class TensorRT:
                 usable = ", ".join(n.lower() for n in known if n.startswith("SM"))
                 raise EngineError(f"{self.flavour} {self.version} builds nothing for {name}; it builds for {usable}.")
 
+    def _set_timing_cache(self, config: Any, content: bytes) -> Any:
+        """TensorRT-RTX times nothing ahead of time. A cache of another device or version is begun anew."""
+        if self.flavour != "tensorrt":
+            return None
+        for begun in (content, b""):
+            cache = config.create_timing_cache(begun)
+            if config.set_timing_cache(cache, ignore_mismatch=False):
+                return cache
+        return None
+
     def _errors(self) -> str:
-        said = [_first_line(text) for severity, text in self.log if "ERROR" in severity and "CUDA driver" not in text]
-        return "; ".join(dict.fromkeys(said[:3])) or "it gives no reason"
+        said = [_first_line(text) for _, text in self.log]
+        return "; ".join(list(dict.fromkeys(filter(None, said)))[:3]) or "it gives no reason"
 
 
 @functools.cache
