@@ -62,7 +62,7 @@ def check_network(network: Network, expected: Expected, part: str) -> dict[str, 
 
     def refuse(what: str) -> None:
         raise EngineError(
-            f"TensorRT read the part {part} otherwise than it is: {what}. The engine would be wrong; it is not built."
+            f"TensorRT did not read the part {part} as it is: {what}. The engine would be wrong; it is not built."
         )
 
     read = {name for layer in network.layers for name in layer.inputs}

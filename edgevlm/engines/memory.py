@@ -1,8 +1,8 @@
 """How much memory a build takes, predicted before it begins: a base, and a multiple of the weights by their type.
 
-Measured with TensorRT-RTX 1.7 on decoders of 24 and 142 million weights, as the largest anonymous memory of the process
-(docs/engines.md has them): it holds weights as parsed, optimized and serialized, and unpacks INT4 to bytes.
-Pages of mapped files are not counted, they can be dropped. What classic TensorRT takes while it times kernels is not known here.
+Measured with TensorRT-RTX 1.7 on decoders of 24 and 142 million weights, as the largest anonymous memory of the process; the
+numbers are in docs/engines.md. It holds weights as parsed, optimized and serialized, and unpacks INT4 to bytes. Pages of mapped
+files are not counted, they can be dropped. What classic TensorRT takes while it times kernels is not known here.
 """
 
 from __future__ import annotations

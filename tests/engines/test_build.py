@@ -15,8 +15,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx_bindings")
+pytest.importorskip("tensorrt_rtx_bindings")
 pytest.importorskip("torch")
+import tensorrt_rtx_bindings as trt
 
 from edgevlm.bundle import MANIFEST, Bundle
 from edgevlm.cli import main
@@ -217,7 +218,7 @@ def test_a_damaged_record_is_named_and_written_again(content: str, small: Path) 
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], error: type[Exception], text: str, small: Path) -> None:
-    with pytest.raises(error, match="(?s).*") as caught:
+    with pytest.raises(error) as caught:
         build_engines(small, "rtx-4090", **options)
     assert text in str(caught.value)
     assert not (small / "engines").exists()
@@ -240,7 +241,7 @@ def test_a_cache_in_int8(small: Path) -> None:
                 if name.startswith(("past", "present")):
                     tensors[name]["dtype"] = "int8"
 
-    with pytest.raises(EngineError, match="The part decoder keeps its KV cache in int8.*--kv-cache float"):
+    with pytest.raises(EngineError, match=r"The part decoder keeps its KV cache in int8.*--kv-cache float"):
         build_engines(edited(small, change), "rtx-4090")
 
 
