@@ -145,7 +145,8 @@ def _extras() -> list[Finding]:
 
 
 def _version(module: str) -> str:
-    for name in (module, module.replace("_", "-"), "onnxruntime-gpu" if module == "onnxruntime" else module):
+    other = {"onnxruntime": "onnxruntime-gpu", "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings"}.get(module, module)
+    for name in (module, module.replace("_", "-"), other):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -114,7 +114,7 @@ def _check_parts(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
         instead = f"; --parts {','.join(others)} builds the others" if others else ""
         raise EngineError(
             f"TensorRT does not take what is in {'; '.join(beyond)}: these parts run on ONNX Runtime alone. Quantize with "
-            f"int8 or int4 for TensorRT{instead}."
+            f"int8, or with int4 in blocks that divide the inputs of every layer, for TensorRT{instead}."
         )
     for name in names:
         kept = {info.dtype for tensor, info in parts[name].inputs.items() if tensor.startswith("past_key_values.")}

@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from engine_parts import INT4
 
 pytest.importorskip("tensorrt_rtx_bindings")
 pytest.importorskip("torch")
@@ -28,6 +29,8 @@ from edgevlm.engines.record import Host, find_engine, read_records
 from edgevlm.engines.target import LocalGPU
 from edgevlm.errors import EngineError, InputError, MissingDependencyError, OutputError
 from edgevlm.graphs import load_graph
+from edgevlm.quant.quantize import quantize_bundle
+from edgevlm.quant.recipe import Recipe, Rule
 
 #: One of each family, and of each way that a family may be put together.
 MODELS = (
@@ -37,8 +40,10 @@ MODELS = (
 SMS = ("sm86", "sm89", "sm120")
 
 
-def copied(source: Path, folder: Path) -> Path:
-    """Engines are written into a bundle, and those of the tests are shared."""
+def copied(source: Path, folder: Path, recipe: str | Recipe | None = None) -> Path:
+    """Engines are written into a bundle, and those of the tests are shared. With a recipe, it is quantized on the way."""
+    if recipe is not None:
+        return quantize_bundle(source, folder / "bundle", recipe).folder
     return Path(shutil.copytree(source, folder / "bundle"))
 
 
@@ -63,10 +68,10 @@ def small(tiny: Callable[[str], Any], tmp_path: Path) -> Path:
     return copied(tiny("clip-llama").bundle, tmp_path)
 
 
-@pytest.mark.parametrize("recipe", [None, "int8", "int4"])
+@pytest.mark.parametrize("recipe", [None, "int8", INT4], ids=["fp16", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_part_of_every_family(name: str, recipe: str | None, tiny: Callable[[str], Any], tmp_path: Path) -> None:
-    folder = copied(tiny(name).export(recipe=recipe), tmp_path)
+def test_every_part_of_every_family(name: str, recipe: str | Recipe | None, tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = copied(tiny(name).bundle, tmp_path, recipe)
     built = by_part(build_engines(folder, "rtx", capacity=64))
     bundle = Bundle.open(folder)  # whose own files are as they were
     assert set(built) == set(bundle.manifest.parts)
@@ -110,8 +115,6 @@ def test_turing_takes_an_engine_too(small: Path) -> None:
 
 def test_activations_in_eight_bits(tiny: Callable[[str], Any], tmp_path: Path) -> None:
     from edgevlm.calibration import load_calibration
-    from edgevlm.quant.quantize import quantize_bundle
-    from edgevlm.quant.recipe import Recipe, Rule
 
     recipe = Recipe("vision", (Rule("w8a8", parts="vision_encoder", weights="*mlp*"),))
     quantize_bundle(tiny("clip-llama").bundle, tmp_path / "bundle", recipe, calibration=load_calibration("scenes", samples=2))
@@ -234,6 +237,13 @@ def test_parts_of_onnx_runtime_alone(small: Path) -> None:
     assert one.path.is_file()
 
 
+def test_blocks_that_are_not_all_full(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """TensorRT takes the size of a block from the shapes, and would compute something else."""
+    folder = copied(tiny("blip2-opt").bundle, tmp_path, "int4-rtn")
+    with pytest.raises(EngineError, match=r"decoder \(blocks that are not all full\).*blocks that divide the inputs"):
+        build_engines(folder, "rtx-4090")
+
+
 def test_a_cache_in_int8(small: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         for tensors in (manifest["parts"]["decoder"][k] for k in ("inputs", "outputs")):
@@ -309,7 +319,8 @@ def test_what_tensorrt_says_reaches_the_user(tmp_path: Path) -> None:
 
     graph = helper.make_graph(
         [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="the_node")], "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])], [helper.make_tensor_value_info("q", TensorProto.UINT8, [2])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("q", TensorProto.UINT8, [2])],
     )  # fmt: skip
     (tmp_path / "x.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     with pytest.raises(EngineError, match=r"cannot read the part decoder: DynamicQuantizeLinear 'the_node': "):
@@ -337,7 +348,7 @@ def test_the_form_of_classic_tensorrt(
     monkeypatch.setattr(build, "open_tensorrt", lambda _: _Classic("tensorrt", trt, version))
     monkeypatch.setattr(build, "_check_header", lambda *_: None)
     monkeypatch.setattr("edgevlm.engines.target.local_gpu", lambda: LocalGPU("Orin", "sm87"))
-    folder = copied(tiny("clip-llama").export(recipe="int4"), tmp_path)
+    folder = copied(tiny("clip-llama").bundle, tmp_path, INT4)
     (one,) = build_engines(folder, "orin-nano-8gb", capacity=48, parts=["decoder"])
     key = one.record.key
     assert (key.flavour, key.version, key.device, key.capabilities) == ("tensorrt", version, "Orin", ("sm87",))

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from engine_parts import part_feeds
 
 pytest.importorskip("torch")
 
@@ -158,8 +159,6 @@ def test_every_value_has_a_type_that_fits(name: str, target: ir.DataType, tiny: 
 
 @pytest.mark.parametrize("name", ["clip-llama", "blip2-t5", "qwen2-vl"])
 def test_half_precision_answers_alike(name: str, tiny: Callable[[str], Any], tmp_path: Path) -> None:
-    from test_lower import part_feeds
-
     bundle = Bundle.open(tiny(name).bundle, check_files=False)
     for part, info in bundle.manifest.parts.items():
         feeds = part_feeds(info, bundle.manifest)

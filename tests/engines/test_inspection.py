@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from engine_parts import CAPACITY, part_feeds, run_part
 
 pytest.importorskip("torch")
 
@@ -22,6 +23,7 @@ from edgevlm.engines.profiles import Limits, profiles_for
 from edgevlm.engines.tensorrt import Layer, Network
 from edgevlm.errors import EngineError
 from edgevlm.graphs import load_graph, save_graph
+from edgevlm.quant.quantize import quantize_bundle
 
 EXPECTED = Expected(("x", "past"), ("y", "present"), {"a": "mask"}, {"s": ("past", "present")}, ("a.attention.mask",))
 LAYERS = (
@@ -129,9 +131,7 @@ def test_packed_tables_hold_what_they_held(columns: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["clip-llama", "blip2-t5", "flamingo", "qwen2-vl"])
 def test_fitted_parts_answer_alike(name: str, tiny: Callable[[str], Any], tmp_path: Path) -> None:
     """What is fitted to TensorRT is still standard ONNX, its hint for attention aside."""
-    from test_lower import CAPACITY, part_feeds, run
-
-    bundle = Bundle.open(tiny(name).export(recipe="int8"), check_files=False)
+    bundle = quantize_bundle(tiny(name).bundle, tmp_path / "int8", "int8")
     for part, info in bundle.manifest.parts.items():
         limits = Limits(CAPACITY, 64)
         model = prepare_part(bundle, part, "fp32", profiles_for(part, info, bundle.manifest, limits))
@@ -140,6 +140,6 @@ def test_fitted_parts_answer_alike(name: str, tiny: Callable[[str], Any], tmp_pa
         save_graph(model, tmp_path / "fitted.onnx")
         outputs, feeds = list(info.outputs), part_feeds(info, bundle.manifest)
         for a, b in zip(
-            run(tmp_path / "fitted.onnx", feeds, outputs), run(bundle.part_path(part), feeds, outputs), strict=True
+            run_part(tmp_path / "fitted.onnx", feeds, outputs), run_part(bundle.part_path(part), feeds, outputs), strict=True
         ):
             assert np.abs(a - b).max() <= 1e-5 * max(1.0, np.abs(b).max()), part
