@@ -31,7 +31,7 @@ def reference() -> str:
         "| 1 | `verify`: a limit was missed; the table says where |",
         "| 2 | the request cannot be served as it stands; the text says what to do |",
         "| 3 | a bug in EdgeVLM; `--debug` shows where |",
-        "| 130 | interrupted with Ctrl-C; nothing was left behind, but for `eval`'s answers, `tune`'s steps and `build`'s finished engines |",
+        "| 130 | interrupted with Ctrl-C; nothing was left but `eval`'s answers, `tune`'s steps, `build`'s whole engines |",
         "",
     ]
     return "\n".join(lines)

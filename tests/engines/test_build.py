@@ -32,11 +32,24 @@ from edgevlm.graphs import load_graph
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.quant.recipe import Recipe, Rule
 
-#: One of each family, and of each way that a family may be put together.
-MODELS = (
-    "clip-llama", "clip-mistral-window", "blip2-opt", "blip2-t5", "instructblip-llama", "flamingo", "flamingo-no-resampler",
-    "internvl-qwen2", "qwen-vl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl",
-)  # fmt: skip
+KINDS: dict[str, str | Recipe | None] = {"fp16": None, "int8": "int8", "int4": INT4}
+#: One of each family, and more ways that a family may be put together, which are quantized in no other way.
+FAMILIES = (
+    "clip-llama",
+    "blip2-opt",
+    "blip2-t5",
+    "flamingo",
+    "internvl-qwen2",
+    "qwen-vl",
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+)
+VARIANTS = ("clip-mistral-window", "instructblip-llama", "flamingo-no-resampler")
+CASES = [
+    *(pytest.param(name, recipe, id=f"{name}-{kind}") for name in FAMILIES for kind, recipe in KINDS.items()),
+    *(pytest.param(name, None, id=f"{name}-fp16") for name in VARIANTS),
+]
 SMS = ("sm86", "sm89", "sm120")
 
 
@@ -68,8 +81,7 @@ def small(tiny: Callable[[str], Any], tmp_path: Path) -> Path:
     return copied(tiny("clip-llama").bundle, tmp_path)
 
 
-@pytest.mark.parametrize("recipe", [None, "int8", INT4], ids=["fp16", "int8", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_every_part_of_every_family(name: str, recipe: str | Recipe | None, tiny: Callable[[str], Any], tmp_path: Path) -> None:
     folder = copied(tiny(name).bundle, tmp_path, recipe)
     built = by_part(build_engines(folder, "rtx", capacity=64))

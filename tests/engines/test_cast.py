@@ -48,7 +48,6 @@ def turns(model: ir.Model, folder: Path, positions: np.ndarray) -> np.ndarray:
 
 TURN = """g (int64[1, s] p, float[1, s, 2] x) => (float[1, s, 2] y) {
   wide = Cast<to = 1>(p)
-  last = Constant<value_ints = [-1]>()
   column = Unsqueeze(wide, last)
   angle = Mul(column, frequency)
   cosine = Cos(angle)
@@ -58,7 +57,7 @@ TURN = """g (int64[1, s] p, float[1, s, 2] x) => (float[1, s, 2] y) {
 
 def test_angles_keep_their_precision(tmp_path: Path) -> None:
     frequency = np.array([1.0, 0.01], np.float32)
-    model = parsed(TURN, frequency=frequency)
+    model = parsed(TURN, frequency=frequency, last=np.array([-1]))
     cast_graph(model, FLOAT, HALF)
     kinds = {node.op_type: node.outputs[0].dtype for node in model.graph if node.op_type in ("Cos", "Mul")}
     assert kinds["Cos"] == FLOAT
@@ -69,7 +68,7 @@ def test_angles_keep_their_precision(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_is_in_that_type_already(tmp_path: Path) -> None:
-    model = parsed(TURN, frequency=np.array([1.0, 0.5], np.float32))
+    model = parsed(TURN, frequency=np.array([1.0, 0.5], np.float32), last=np.array([-1]))
     before = [(node.op_type, node.name) for node in model.graph]
     cast_graph(model, FLOAT, FLOAT)
     assert [(node.op_type, node.name) for node in model.graph] == before

@@ -91,7 +91,7 @@ def lowered(text: str) -> ir.Model:
             "g (float[1,2,4,8] x, float[1,4,2] c) => (float[1,2,4,8] y) { [n] y = RotaryEmbedding<interleaved=1>(x, c, c) }",
             "n is interleaved or partial",
         ),
-        ("g (float[2,4] x, float[2,4] w) => (float[2,4] y) { [n] y = RMSNormalization<axis=0>(x, w) }", "The norm n is not over"),
+        ("g (float[2,4] x, float[2,4] w) => (float[2,4] y) { [n] y=RMSNormalization<axis=0>(x, w) }", "The norm n is not over"),
         (
             "g (int8[1,2,4,8] p, int8[1,2,1,8] r, int64[1] i) => (int8[1,2,4,8] y) { y = TensorScatter<axis=2>(p, r, i) }",
             "The KV cache p is int8",

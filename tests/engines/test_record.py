@@ -84,7 +84,7 @@ def test_what_fits_is_found(opened: Bundle) -> None:
         ({"device": "Orin"}, "tuned on Orin; this GPU is NVIDIA GeForce RTX 4090"),
         ({"form": FORM + 1}, f"built in form {FORM + 1}, this EdgeVLM reads form {FORM}"),
         ({"capacity": 32}, "its KV cache has 32 positions; 64 were asked for"),
-        ({"size": 5}, "is truncated or replaced: it has 163 bytes, engine.json says 5"),
+        ({"size": 5}, "is truncated or replaced: it has 172 bytes, engine.json says 5"),
         ({"sha256": "0" * 64}, "is damaged: its sha256 is not the one in engine.json"),
     ],
 )
