@@ -75,11 +75,8 @@ def fill_types(graph: ir.Graph) -> None:
             kept = read.dtype if read is not None else None
             if node.op_type == "Cast":
                 kept = ir.DataType(node.attributes["to"].as_int())
-            output.dtype = _typed(node.op_type) or kept
-
-
-def _typed(op_type: str) -> ir.DataType | None:
-    return _TYPED.get(op_type)
+            if (known := _TYPED.get(node.op_type) or kept) is not None:
+                output.dtype = known
 
 
 def _angles_and_indices(graph: ir.Graph, source: ir.DataType) -> set[ir.Node]:

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import EngineError
+from .cast import fill_types
 
 __all__ = ["KNOWN", "lower_graph"]
 
@@ -43,6 +44,7 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 def lower_graph(model: ir.Model) -> None:
     """Rewrites a graph in place. Raises EngineError, naming the node, for what has no older form."""
+    fill_types(model.graph)
     writer = _Writer(model.graph)
     for node in list(model.graph):
         if rule := _RULES.get(node.op_type):
@@ -74,8 +76,10 @@ class _Writer:
         self.graph.insert_before(before, node)
         output = node.outputs[0]
         output.name = name
-        to = attributes.get("to")
-        output.dtype = ir.DataType(to) if isinstance(to, int) else ir.DataType.INT64 if op_type == "Shape" else inputs[0].dtype
+        to = int(ir.DataType.INT64) if op_type == "Shape" else attributes.get("to")
+        dtype = ir.DataType(to) if isinstance(to, int) else inputs[0].dtype
+        if dtype is not None:
+            output.dtype = dtype
         return output
 
     def constant(self, array: np.ndarray) -> ir.Value:
@@ -101,7 +105,9 @@ class _Writer:
         name, shape, dtype = old.name, old.shape, old.dtype
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
-        value.name, value.shape, value.dtype = name, shape, dtype
+        value.name, value.shape = name, shape
+        if dtype is not None:
+            value.dtype = dtype
 
 
 def _read(node: ir.Node, place: int) -> ir.Value:
