@@ -242,7 +242,7 @@ def test_damaged_files_are_refused_by_name(small: Path, name: str) -> None:
 
 
 def test_hashes_are_not_computed_when_not_asked_for(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "_sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(bundles, "sha256_of", lambda path: pytest.fail("hashed"))
     Bundle.open(small, check_files=False)
 
 
@@ -250,7 +250,7 @@ def test_unreadable_file(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(bundles, "_sha256", refuse)
+    monkeypatch.setattr(bundles, "sha256_of", refuse)
     with pytest.raises(IntegrityError, match="cannot be read: Permission denied"):
         Bundle.open(small)
 
@@ -274,7 +274,7 @@ def test_paths_that_lead_out(small: Path, name: str) -> None:
     secret.write_text("secret")
     (small / "link").symlink_to(secret)
     (small / "linked").symlink_to(small.parent)
-    record = {"sha256": bundles._sha256(secret), "size": 6}
+    record = {"sha256": bundles.sha256_of(secret), "size": 6}
     edit(small, lambda m: m["files"].update({name: record}))
     with pytest.raises(IntegrityError, match="outside the bundle"):
         Bundle.open(small)

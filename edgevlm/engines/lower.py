@@ -110,6 +110,11 @@ class _Writer:
             value.dtype = dtype
 
 
+def _name(node: ir.Node) -> str:
+    """What new nodes are named after; no two nodes have one output."""
+    return node.name or node.outputs[0].name or ""
+
+
 def _read(node: ir.Node, place: int) -> ir.Value:
     value = node.inputs[place]
     assert value is not None
@@ -120,7 +125,7 @@ def _rms_norm(writer: _Writer, node: ir.Node) -> None:
     x, scale = _read(node, 0), _read(node, 1)
     if node.attributes.get_int("axis", -1) != -1:
         raise EngineError(f"The norm {node.name} is not over the last dimension; it has no form for TensorRT before 10.15.")
-    add, name = writer.add, node.name or "norm"
+    add, name = writer.add, _name(node)
     wide = add(node, "Cast", f"{name}.wide", x, to=int(ir.DataType.FLOAT))
     square = add(node, "Mul", f"{name}.square", wide, wide)
     mean = add(node, "ReduceMean", f"{name}.mean", square, writer.ints(-1), keepdims=1)
@@ -138,7 +143,7 @@ def _rotary(writer: _Writer, node: ir.Node) -> None:
         raise EngineError(f"{node.name} looks its angles up; it has no form for TensorRT before 10.15.")
     if any(options.get_int(key, 0) for key in ("interleaved", "num_heads", "rotary_embedding_dim")):
         raise EngineError(f"{node.name} is interleaved or partial; TensorRT before 10.15 has no form for it.")
-    add, name = writer.add, node.name or "rotary"
+    add, name = writer.add, _name(node)
     half = int(cosines.shape[-1]) if cosines.shape is not None and isinstance(cosines.shape[-1], int) else None
     if half is None and x.shape is not None and isinstance(x.shape[3], int):
         half = x.shape[3] // 2
@@ -167,7 +172,7 @@ def _scatter(writer: _Writer, node: ir.Node) -> None:
             f"The KV cache {past.name} is {past.dtype and past.dtype.name.lower()}; TensorRT before 10.15 scatters floats. "
             "Quantize with --kv-cache float."
         )
-    add, name = writer.add, node.name or "scatter"
+    add, name = writer.add, _name(node)
     shape = add(node, "Shape", f"{name}.shape", rows)
     count = add(node, "Gather", f"{name}.count", shape, writer.number(2, ir.DataType.INT64), axis=0)
     zero, one = (writer.number(n, ir.DataType.INT64) for n in (0, 1))
@@ -186,7 +191,7 @@ def _attention(writer: _Writer, node: ir.Node) -> None:
         raise EngineError(f"{node.name} is an Attention with a cache or causality of its own; bundles have an explicit mask.")
     heads, width = _static(query, 1, node), _static(query, 3, node)
     groups = heads // _static(key, 1, node)
-    add, name = writer.add, node.name or "attention"
+    add, name = writer.add, _name(node)
     scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(width)
     query = add(node, "Mul", f"{name}.scaled", query, writer.number(scale, query.dtype))
     if groups > 1:
@@ -204,7 +209,7 @@ def _attention(writer: _Writer, node: ir.Node) -> None:
 
 def _masked(writer: _Writer, node: ir.Node, scores: ir.Value, mask: ir.Value, groups: int) -> ir.Value:
     """Heads of one group are rows below each other, so the mask is repeated; one that differs by head is laid out like them."""
-    add, name = writer.add, node.name or "attention"
+    add, name = writer.add, _name(node)
     by_head = mask.shape is not None and len(mask.shape) == 4 and mask.shape[1] != 1
     if groups > 1 and by_head:
         raise EngineError(f"{name} has a mask for each head and shares keys; TensorRT before 10.15 has no form for it.")
@@ -237,7 +242,7 @@ def _clip(writer: _Writer, node: ir.Node) -> None:
     for place, op_type in ((1, "Max"), (2, "Min")):
         bound = node.inputs[place] if len(node.inputs) > place else None
         if bound is not None:
-            value = writer.add(node, op_type, f"{node.name}.{op_type.lower()}", value, bound)
+            value = writer.add(node, op_type, f"{_name(node)}.{op_type.lower()}", value, bound)
     writer.replace(node, value)
 
 
