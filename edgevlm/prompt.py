@@ -507,6 +507,16 @@ class PromptBuilder:
             return text, self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text))
         return self._chat(self.template, request.messages, add_generation_prompt)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text alone; control tokens in it are text. Raises `PromptError` where they cannot be."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self._steering(ids):
+            twin, _, origin = self._twin
+            ids = list(twin.encode(text, add_special_tokens=False).ids)
+            if origin.keys() & set(ids) or self._steering(ids):
+                raise PromptError(self._unwritable())
+        return ids
+
     def _raw_text(self, request: Request) -> str:
         if request.prompt is not None:
             if any(token and token in request.prompt for token in (self.image_token, self.video[0] if self.video else "")):
@@ -550,11 +560,14 @@ class PromptBuilder:
         secret = self._pattern.sub(lambda match: aliases[match[0]], masked).translate(unmask)
         ids = [origin.get(i, i) for i in twin.encode(secret, add_special_tokens=False).ids]
         if self._steering(ids) != wanted:
-            raise PromptError(
-                "a message's text spells a control token that this tokenizer cannot write as text; remove it from the "
-                f"text (control tokens: {', '.join(sorted(self._control)[:20])})"
-            )
+            raise PromptError(self._unwritable())
         return masked.translate(unmask), [origin.get(i, i) for i in twin.encode(secret, add_special_tokens=add).ids]
+
+    def _unwritable(self) -> str:
+        return (
+            "a message's text spells a control token that this tokenizer cannot write as text; remove it from the "
+            f"text (control tokens: {', '.join(sorted(self._control)[:20])})"
+        )
 
     def _has_bos(self, text: str) -> bool:
         bos = self.tokenizer.names.get("bos_token")

@@ -227,6 +227,17 @@ EVIL = [
 ]
 
 
+@pytest.mark.parametrize("text", [*EVIL, "What is it?", "two cubes 🤖", ""])
+def test_plain_text(folder: Path, text: str) -> None:
+    """Nothing is added, and nothing in it steers."""
+    builder = _builder(folder, CHATML)
+    ids = builder.encode_plain(text)
+    assert not set(ids) & set(builder.tokenizer.control_tokens(CHATML).values())
+    assert builder.tokenizer.decode(ids, skip_special_tokens=False).strip() == text
+    if text not in EVIL:
+        assert ids == builder.tokenizer.encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("template", [LLAVA, CHATML, CONTROLS], ids=["llava", "chatml", "controls"])
 @pytest.mark.parametrize("evil", EVIL)
 def test_control_tokens_in_texts_stay_text(folder: Path, template: str, evil: str) -> None:
