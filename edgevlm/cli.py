@@ -188,7 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
     sub.add_argument(
         "--output", type=Path, default=Path("build/eval"),
-        help="answers, results.json and report.html; a later run with the same goes on (default: build/eval)",
+        help="a folder for each suite, with answers, results.json and report.html; a later run with the same goes on "
+        "(default: build/eval)",
     )  # fmt: skip
     sub.add_argument("--force", action="store_true", help="throw away the answers that are there, and begin anew")
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
@@ -210,6 +211,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
     sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
     sub.add_argument("--instruction", metavar="TEXT", help="said behind every question, as for eval")
+    sub.add_argument("--metric", metavar="M", help="of a file of your own, as for eval")
+    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
+    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
+    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
     sub.add_argument(
         "--calibration", metavar="SET",
         help="what methods that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
@@ -403,11 +410,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     )
     with _extra("eval"):
         from .evaluation.report import print_table, write_html, write_json
-        from .evaluation.run import evaluate
+        from .evaluation.run import evaluate, folder_of
     if not all(map(is_bundle, arguments.subjects)):
         with _extra("export"):
             from . import reference  # noqa: F401 - what it needs is there
     engine = None
+    if arguments.engine != "ray" and (arguments.workers is not None or arguments.ray_address is not None):
+        raise InputError("--workers and --ray-address are for --engine ray.")
     if arguments.engine == "ray":
         with _extra("ray"):
             from .evaluation.ray_engine import make_ray_engine
@@ -417,7 +426,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         suite, outcomes = evaluate(
             arguments.subjects, spec, arguments.output, settings, engine=engine, force=arguments.force, stage=stage, step=step
         )
-    results, page = arguments.output / "results.json", arguments.output / "report.html"
+    folder = folder_of(arguments.output, suite)
+    results, page = folder / "results.json", folder / "report.html"
     write_json(outcomes, suite.items, results)
     write_html(outcomes, suite.items, page)
     if arguments.json:
@@ -433,7 +443,11 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .evaluation.suites import SuiteSpec
 
     spec = SuiteSpec(
-        arguments.suite, arguments.images, arguments.annotations, arguments.limit, instruction=arguments.instruction
+        arguments.suite, arguments.images, arguments.annotations, arguments.limit, arguments.metric, arguments.instruction,
+        arguments.split, arguments.aspect,
+    )  # fmt: skip
+    settings = Settings(
+        arguments.max_new_tokens, arguments.capacity, arguments.backend, arguments.threads, arguments.visual_tokens
     )
     with _extra("quantize"), _extra("eval"), contextlib.ExitStack() as extras:
         if not is_bundle(arguments.model):
@@ -448,8 +462,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         with _counting() as (stage, step):
             tuned = tune(
                 arguments.model, arguments.output, spec, max_drop=arguments.max_drop, target=arguments.target,
-                settings=Settings(backend=arguments.backend, threads=arguments.threads), calibration=calibration,
-                force=arguments.force, stage=stage, step=lambda _, done, total: step("questions", done, total),
+                settings=settings, calibration=calibration, force=arguments.force, stage=stage,
+                step=lambda _, done, total: step("questions", done, total),
             )  # fmt: skip
         recipe, _, page = write_tuned(tuned, arguments.output)
     print_tuned(tuned, make_console())

@@ -458,16 +458,17 @@ def test_eval(bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
         assert name in shown
     assert f"asking {checkpoint.name}" in told
     assert f"{bundle.name}: 16 of 16 answered" in told
-    assert f"{output / 'results.json'} and {output / 'report.html'} have more" in told
-    kept = {path.name: path.read_bytes() for path in (output / "scenes").iterdir()}
+    output_of = output / "scenes"
+    assert f"{output_of / 'results.json'} and {output_of / 'report.html'} have more" in told
+    kept = {path.name: path.read_bytes() for path in output_of.glob("*.jsonl")}
     assert set(kept) == {f"{bundle.name}.jsonl", f"{checkpoint.name}.jsonl"}
-    assert "<html" in (output / "report.html").read_text(encoding="utf-8")
+    assert "<html" in (output_of / "report.html").read_text(encoding="utf-8")
 
     assert call(*asked, "--output", output, "--json") == 0  # nothing is asked again
     shown, told = capsys.readouterr()
-    assert json.loads(shown) == json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert json.loads(shown) == json.loads((output_of / "results.json").read_text(encoding="utf-8"))
     assert "asking" not in told
-    assert {path.name: path.read_bytes() for path in (output / "scenes").iterdir()} == kept
+    assert {path.name: path.read_bytes() for path in output_of.glob("*.jsonl")} == kept
 
     assert call(*asked[:-4], "--max-new-tokens", 2, "--output", output) == 2
     assert "Give another --output, or --force to begin anew." in capsys.readouterr().err
@@ -492,6 +493,8 @@ def test_what_eval_refuses(bundle: Path, photo: Path, tmp_path: Path, capsys: py
     assert "no suite 'coco'" in error(bundle, "--suite", "coco")
     assert "neither a folder here" in error(bundle, tmp_path / "nothing", "--suite", "scenes").split("…")[-1]
     assert "asked twice" in error(bundle, bundle, "--suite", "scenes")
+    assert "max_new_tokens is 0" in error(bundle, "--suite", "scenes", "--max-new-tokens", 0)
+    assert "are for --engine ray" in error(bundle, "--suite", "scenes", "--workers", 2)
     assert not (tmp_path / "out").exists()
     assert call("eval", bundle) == 2
     assert "--suite" in capsys.readouterr().err
@@ -518,7 +521,7 @@ def test_interrupting_an_evaluation_keeps_its_answers(bundle: Path, tmp_path: Pa
     assert "Traceback" not in err
     kept = path.read_bytes().splitlines()[1:]
     assert 4 <= len(kept) < 1000
-    assert not (tmp_path / "results.json").exists()
+    assert not list(tmp_path.rglob("results.json"))
 
 
 def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
