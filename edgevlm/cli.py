@@ -119,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
     sub.add_argument("--quantize", metavar="RECIPE", help=f"{recipes}, or a recipe file; quantizes on the way")
     _add_calibration(sub)
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
     sub = command("convert", _convert, "Turn pickled weights, as they are published, into a checkpoint that export takes.")
@@ -138,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path, help="a float bundle")
     sub.add_argument("--recipe", required=True, help=f"{recipes}, or a recipe file (.toml, .json)")
     _add_calibration(sub)
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
     sub.add_argument("--output", required=True, type=Path, help="the new bundle's folder")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
@@ -176,25 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite", required=True, metavar="S",
         help="scenes or pope-scenes (drawn), pope:FILE, vqa:FILE or captions:FILE (as published), or a .jsonl file of your own",
     )  # fmt: skip
-    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
-    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
-    sub.add_argument(
-        "--instruction", metavar="TEXT",
-        help="said behind every question on a line of its own, or around {question}; the prompt of a caption",
-    )  # fmt: skip
-    sub.add_argument("--metric", metavar="M", help="of a file of your own: exact (default), contains, pope, vqa or cider")
-    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
-    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    _add_suite(sub)
     sub.add_argument(
         "--output", type=Path, default=Path("build/eval"),
         help="a folder for each suite, with answers, results.json and report.html; a later run with the same goes on "
         "(default: build/eval)",
     )  # fmt: skip
     sub.add_argument("--force", action="store_true", help="throw away the answers that are there, and begin anew")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
-    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
-    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
     sub.add_argument("--backend", help="cpu or cuda for every part of the bundles; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use (with --engine ray: each worker)")
     sub.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work is done (default: local)")
@@ -207,22 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS", help="points that may be lost (default: 1.0)")
     sub.add_argument("--suite", default="scenes", metavar="S", help="what is asked, as for eval (default: scenes)")
     sub.add_argument("--target", choices=("size", "latency"), default="size", help="what is made small (default: size)")
-    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
-    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
-    sub.add_argument("--instruction", metavar="TEXT", help="said behind every question, as for eval")
-    sub.add_argument("--metric", metavar="M", help="of a file of your own, as for eval")
-    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
-    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
-    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
-    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
-    sub.add_argument(
-        "--calibration", metavar="SET",
-        help="what methods that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
-    )  # fmt: skip
-    sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
-    sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
+    _add_suite(sub)
+    _add_calibration(sub)
     sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument(
@@ -248,14 +224,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_suite(sub: argparse.ArgumentParser) -> None:
+    """What is asked, and how, of commands that score answers."""
+    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
+    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
+    sub.add_argument(
+        "--instruction", metavar="TEXT",
+        help="said behind every question on a line of its own, or around {question}; the prompt of a caption",
+    )  # fmt: skip
+    sub.add_argument("--metric", metavar="M", help="of a file of your own: exact (default), contains, pope, vqa or cider")
+    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
+    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
+    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
+
+
 def _add_calibration(sub: argparse.ArgumentParser) -> None:
+    """What recipes that look at samples get to see."""
     sub.add_argument(
         "--calibration", metavar="SET",
         help="what recipes that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
     )  # fmt: skip
     sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
     sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
-    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
 
 
 # -------------------------------------------------------------------------------------------- commands
