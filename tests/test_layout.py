@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "vlm": {"boxes", "bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
     "speed": {"scenes", "vlm"},
     "tune": {
+        "__version__",
         "bundle",
         "calibration",
         "errors",
