@@ -22,7 +22,7 @@ __all__ = ["Memory", "predict_memory"]
 
 _MIB = 1 << 20
 #: A Python process with ONNX Runtime, tokenizers and Pillow that has answered once, without weights.
-RUNTIME_CPU = 78 * _MIB
+RUNTIME_CPU = 82 * _MIB
 #: CUDA, TensorRT and the workspaces of an engine.
 RUNTIME_GPU = int(0.75e9)
 #: Bytes held for a byte of stored weights after loading. ONNX Runtime repacks weights for its kernels: float32 in place of the

@@ -22,7 +22,7 @@ from typing import Any
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedModelError
 from ..images import ImageProcessor
-from ..models import aliases, family_by_name, family_for_config
+from ..models import PartSpec, aliases, family_by_name, family_for_config
 from ..quant.recipe import BLOCKS, Recipe
 
 __all__ = [
@@ -139,7 +139,7 @@ class Outline:
         dtype = self.manifest.dtype
         kept = "int8" if (kv_cache or recipe.kv_cache) == "int8" else dtype
         manifest = replace(self.manifest, kv_cache=replace(self.manifest.kv_cache, dtype=kept))
-        parts = {part: _stored(part, weights, recipe, dtype) for part, weights in self.weights.items()}
+        parts = {part: _stored(part, weights, recipe, dtype, manifest.vocab_size) for part, weights in self.weights.items()}
         return replace(self, manifest=manifest, parts=parts, recipe=name or recipe.name)
 
     def look(self, images: int, resolution: tuple[int, int] | None, visual_tokens: int | None = None) -> Sight:
@@ -295,11 +295,12 @@ def _outline_config(name: str, folder: Path, config: dict[str, Any], dtype: str)
             manifest = family.describe(stand_in, fake.model.config, dtype)
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as exc:
             raise CheckpointError(f"{folder / 'config.json'} does not describe a {family_name} model: {exc}.") from exc
-    weights = {spec.name: tuple(_weights_of(spec.module, fake.names, family)) for spec in specs}
+    weights = {spec.name: tuple(_weights_of(fake, spec, family)) for spec in specs}
     read = manifest.image_options
     processor = ImageProcessor.from_config({**_processor_config(folder, family_name), **read})
-    full = fake.model.config.to_dict()
-    parts = {part: _stored(part, ws, Recipe("float", ()), dtype) for part, ws in weights.items()}
+    described = fake.model.config
+    full = described.to_dict() if hasattr(described, "to_dict") else config
+    parts = {part: _stored(part, ws, Recipe("float", ()), dtype, manifest.vocab_size) for part, ws in weights.items()}
     return _outline(name, manifest, parts, full, processor, None, weights)
 
 
@@ -319,23 +320,72 @@ def _with_tokenizer(folder: Path, scratch: Path, config: Mapping[str, Any]) -> P
     return scratch
 
 
-def _weights_of(module: Any, names: Mapping[int, str], family: Any) -> Iterator[Weight]:
-    """The parameters of a part, by the names that recipes use."""
+def _weights_of(fake: Any, spec: PartSpec, family: Any) -> Iterator[Weight]:
+    """The parameters that a part's outputs depend on, by the names that recipes use. A module may hold more than its
+    graph will: a tower's layers behind the one whose features are taken, the embeddings beside a decoder."""
     from torch import nn
 
+    read, factors = _read_by(fake, spec)
     seen: set[tuple[int, str]] = set()
-    for owner in module.modules():
+    for owner in spec.module.modules():
         kind = "linear" if isinstance(owner, nn.Linear) else "table" if isinstance(owner, nn.Embedding) else "other"
         for local, parameter in owner.named_parameters(recurse=False):
-            if (id(parameter), kind) in seen or id(parameter) not in names:
+            if id(parameter) not in read or (id(parameter), kind) in seen:
                 continue
             seen.add((id(parameter), kind))
             shape = tuple(int(d) for d in parameter.shape)
-            matrix = kind if local == "weight" and len(shape) == 2 else "other"
-            yield Weight(family.weight_name(names[id(parameter)]), shape, matrix)
+            matrix = len(shape) == 2
+            # torch's own attention holds the weights of three linear layers as one parameter.
+            product = matrix and (id(parameter) in factors or local == "in_proj_weight")
+            what = "linear" if product else kind if matrix and local == "weight" else "other"
+            yield Weight(family.weight_name(fake.names[id(parameter)]), shape, what)
 
 
-def _stored(part: str, weights: tuple[Weight, ...], recipe: Recipe, dtype: str) -> PartOutline:
+def _read_by(fake: Any, spec: PartSpec) -> tuple[set[int], set[int]]:
+    """The ids of the parameters that the outputs of a part depend on, and of those that are multiplied by outside of layers,
+    found by running it on tensors without storage."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_leaves
+
+    from ..export.trace import one_node_each
+
+    made: dict[int, list[Any]] = {}
+    factors: set[int] = set()
+    alive: list[Any] = []  # an id may be given away again otherwise
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.nn.functional.linear):
+                factors.update(id(leaf) for leaf in inputs[1:2])
+            changed = inputs[:1] if func is torch.Tensor.__setitem__ else []
+            for leaf in [*tree_leaves(out), *changed]:
+                if isinstance(leaf, torch.Tensor):
+                    made[id(leaf)] = [*made.get(id(leaf), []), *(x for x in inputs if x is not leaf)]
+                    alive.append(leaf)
+            return out
+
+    dims = dict.fromkeys(dim for shape, _ in spec.inputs.values() for dim in shape if isinstance(dim, str))
+    sizes = {dim: 3 + n for n, dim in enumerate(dims)}
+    with torch.no_grad(), one_node_each(spec.module), fake.mode:
+        arguments = [
+            torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=getattr(torch, dtype))
+            for shape, dtype in spec.inputs.values()
+        ]
+        with Recorder():
+            waiting = [leaf for leaf in tree_leaves(spec.module.eval()(*arguments)) if isinstance(leaf, torch.Tensor)]
+    found: set[int] = set()
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) not in found:
+            found.add(id(tensor))
+            waiting += made.get(id(tensor), [])
+    return found & set(fake.names), factors
+
+
+def _stored(part: str, weights: tuple[Weight, ...], recipe: Recipe, dtype: str, vocabulary: int) -> PartOutline:
     """What the weights of a part take under a recipe: int8 has a scale for each output channel (row of a table), four bits one
     for each block of inputs. Scales are as wide as the graph computes."""
     wide = int(WIDTHS[dtype])
@@ -355,15 +405,21 @@ def _stored(part: str, weights: tuple[Weight, ...], recipe: Recipe, dtype: str) 
             inner = weight.shape[1]
             size += math.ceil(inner / min(block or inner, inner)) * weight.shape[0] * wide
         stored[form] += size
-        if weight.kind == "table":
+        if weight.kind == "table" and part == "embed_tokens":
             tables += size
-        elif weight.kind == "linear" and part == "decoder" and weight.name.startswith("lm_head"):
+        elif part == "decoder" and _is_head(weight, vocabulary):
             head += weight.count
         else:
             linear += weight.count
         if weight.kind == "linear" and size > largest:
             largest, largest_form = size, form
     return PartOutline(dict(stored), tables, largest, linear, head, largest_form)
+
+
+def _is_head(weight: Weight, vocabulary: int) -> bool:
+    """Whether it makes the logits; Flamingo has a small layer of its own for added tokens."""
+    within = not any(word.isdigit() for word in weight.name.split("."))
+    return weight.kind == "linear" and within and 0.9 * vocabulary <= weight.shape[0] <= vocabulary
 
 
 # ------------------------------------------------------------------------------------------------- widths

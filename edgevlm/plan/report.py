@@ -19,6 +19,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def print_plan(plan: Plan, console: Any) -> None:
     """The plan of one model on one device."""
     from rich.markup import escape
@@ -27,8 +31,8 @@ def print_plan(plan: Plan, console: Any) -> None:
     outline, target, memory, sight = plan.outline, plan.target, plan.memory, plan.sight
     how = outline.recipe or "float"
     cache = outline.manifest.kv_cache.dtype
-    pictures = f"{sight.images} pictures, {sight.places:,} places" if sight.images else "no picture"
-    size = f" ({sight.shown[0]} x {sight.shown[1]}, {sight.tiles} tiles)" if sight.images else ""
+    pictures = _count(sight.images, "picture") + f", {sight.places:,} places" if sight.images else "no picture"
+    size = f" ({sight.shown[0]} x {sight.shown[1]}, {_count(sight.tiles, 'tile')})" if sight.images else ""
     title = f"{escape(outline.name)} on {escape(target.name)}"
     console.print(f"[bold]{title}[/]")
     computes = f"{how}, computes in {outline.manifest.dtype}, KV cache {cache}"

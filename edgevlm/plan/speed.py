@@ -63,10 +63,18 @@ class Speed:
 
 
 def predict_speed(
-    outline: Outline, target: Target, context: int, sight: Sight, *, prompt: int | None = None, compute: str | None = None
+    outline: Outline,
+    target: Target,
+    context: int,
+    sight: Sight,
+    *,
+    prompt: int | None = None,
+    compute: str | None = None,
+    chunk: int = CHUNK,
 ) -> Speed:
     """For a prompt of `prompt` tokens, pictures included (128 of text without), and one more token behind `context` positions.
-    `compute` names another type that products are made in (`fp4`)."""
+    The prompt goes through in chunks, each of which reads the weights. `compute` names another type that products are made in
+    (`fp4`)."""
     shares = SHARES.get(target.compute_capability or "", ASSUMED if target.runs_on_gpu else CPU)
     calibrated = not target.runs_on_gpu or target.compute_capability in SHARES
     tokens = min(context, prompt if prompt is not None else sight.places + 128)
@@ -83,7 +91,7 @@ def predict_speed(
         decode = (read + rows) / rate + outline.decoder.layers * shares.layer
     if rate and peak:
         share = shares.products.get(compute or _form(decoder.stored), min(shares.products.values()))
-        products = max(_decoder_operations(outline, tokens) / (peak * share), -(-tokens // CHUNK) * read / rate)
+        products = max(_decoder_operations(outline, tokens) / (peak * share), -(-tokens // chunk) * read / rate)
         prefill = products + outline.decoder.layers * shares.layer
     seen = target.flops.get("fp16" if target.runs_on_gpu else "fp32")
     if seen:
@@ -112,6 +120,20 @@ def _vision_operations(outline: Outline, sight: Sight) -> float:
     for name, part in outline.parts.items():
         if name in ("decoder", "embed_tokens", "text_encoder"):
             continue
-        rows = sight.patches if name in ("vision_encoder", "resampler") else max(1, sight.places // max(1, sight.tiles))
-        total += 2.0 * part.linear * rows * sight.tiles
+        places = max(1, sight.places // max(1, sight.tiles))
+        merged = _merger(outline, part.linear) if name == "vision_encoder" else 0
+        rows = sight.patches if name in ("vision_encoder", "resampler") else places
+        total += 2.0 * ((part.linear - merged) * rows + merged * places) * sight.tiles
     return total + 4.0 * stack.whole * stack.width * sight.patches**2 * sight.tiles
+
+
+def _merger(outline: Outline, linear: int) -> int:
+    """Of Qwen2-VL and later: how many weights of the tower see places instead of patches."""
+    if outline.manifest.patches is None:
+        return 0
+    named = sum(w.count for w in outline.weights.get("vision_encoder", ()) if w.kind == "linear" and "merger" in w.name)
+    if named:
+        return named
+    stack = outline.vision
+    gated = 3 if outline.manifest.patches.window else 2
+    return max(0, linear - stack.layers * (4 * stack.width**2 + gated * stack.width * stack.inner))
