@@ -104,7 +104,8 @@ class Sight:
 @dataclass(frozen=True)
 class Outline:
     """A model, or a bundle. `manifest` describes it, `recipe` how weights are stored (None: as the graph computes); `side`
-    is the size (width, height) of a picture or tile, None where any is taken, `patch` the side of a patch, in pixels."""
+    is the size (width, height) of a picture or tile, None where any is taken, `patch` the side of a patch, in pixels,
+    `tokenizer` the size of tokenizer.json, in bytes."""
 
     name: str
     manifest: Manifest
@@ -117,6 +118,7 @@ class Outline:
     recipe: str | None = None
     weights: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)
     is_bundle: bool = False
+    tokenizer: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -203,7 +205,8 @@ def outline_bundle(folder: Path) -> Outline:
             stored = {**quantized, low: part.size - sum(size for form, size in quantized.items() if form != low)}
         parts[name] = PartOutline(stored, table, largest, 0 if table else int(count - last), int(last), form)
     recipe = (manifest.recipe or {}).get("name")
-    return _outline(str(folder), manifest, parts, config, vlm._processor, recipe, {}, is_bundle=True)
+    outline = _outline(str(folder), manifest, parts, config, vlm._processor, recipe, {}, is_bundle=True)
+    return replace(outline, tokenizer=_tokenizer_size(folder, manifest))
 
 
 def _head_width(manifest: Manifest, config: Mapping[str, Any]) -> int:
@@ -301,7 +304,14 @@ def _outline_config(name: str, folder: Path, config: dict[str, Any], dtype: str)
     described = fake.model.config
     full = described.to_dict() if hasattr(described, "to_dict") else config
     parts = {part: _stored(part, ws, Recipe("float", ()), dtype, manifest.vocab_size) for part, ws in weights.items()}
-    return _outline(name, manifest, parts, full, processor, None, weights)
+    outline = _outline(name, manifest, parts, full, processor, None, weights)
+    return replace(outline, tokenizer=_tokenizer_size(folder, manifest))
+
+
+def _tokenizer_size(folder: Path, manifest: Manifest) -> int:
+    """Bytes of tokenizer.json; without one, as many for each entry as a vocabulary of 151,643 with its merges takes."""
+    path = folder / "tokenizer.json"
+    return path.stat().st_size if path.is_file() else 73 * manifest.vocab_size
 
 
 def _with_tokenizer(folder: Path, scratch: Path, config: Mapping[str, Any]) -> Path:

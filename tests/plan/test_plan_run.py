@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from edgevlm.cli import main
 from edgevlm.errors import InputError, MissingDependencyError
 from edgevlm.plan.advice import Request
-from edgevlm.plan.memory import BUILD_COPIES, RUNTIME_CPU, RUNTIME_GPU
+from edgevlm.plan.memory import BUILD_COPIES, RUNTIME_CPU, RUNTIME_GPU, TOKENIZER
 from edgevlm.plan.outline import Outline, outline_checkpoint
 from edgevlm.plan.report import plan_record, plot_memory
 from edgevlm.plan.run import outline_model, parse_resolution, plan, plan_targets
@@ -41,7 +41,7 @@ def test_the_rows_add_up(llava7b: Outline) -> None:
     assert sum(size for _, size in memory.rows()) == memory.answering == memory.total
     assert memory.weights == {name: part.size for name, part in llava7b.parts.items()}
     assert memory.kv_cache == 4096 * 2 * 32 * 4096 * 2
-    assert memory.runtime == RUNTIME_GPU
+    assert memory.runtime == RUNTIME_GPU + int(TOKENIZER * llava7b.tokenizer)
     assert memory.building == BUILD_COPIES * llava7b.parts["decoder"].size + RUNTIME_GPU
     assert not memory.fits
 
@@ -61,7 +61,7 @@ def test_grouped_heads_are_counted_once(qwen3: Outline) -> None:
 def test_on_the_cpu_what_loading_takes_counts(bundle: Path) -> None:
     outline = outline_model(str(bundle))
     memory = plan(outline, local_target(), Request(64, 1)).memory
-    assert memory.runtime == RUNTIME_CPU
+    assert memory.runtime == RUNTIME_CPU + int(TOKENIZER * outline.tokenizer)
     assert memory.total == max(memory.answering, memory.building)
     assert memory.total > RUNTIME_CPU
 
