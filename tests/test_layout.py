@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "speed": {"scenes", "vlm"},
     "targets": {"errors"},
     # What a model weighs is found as the export finds it, without weights.
-    "plan": {"bundle", "errors", "export", "generate", "images", "models", "quant", "targets", "vlm"},
+    "plan": {"bundle", "errors", "export", "generate", "images", "models", "quant", "targets"},
     "tune": {
         "bundle",
         "calibration",

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST, Bundle, Manifest
-from ..errors import CheckpointError, CheckpointNotFoundError, InputError, UnsupportedModelError
+from ..errors import CheckpointError, CheckpointNotFoundError, InputError, ManifestError, UnsupportedModelError
 from ..images import ImageProcessor
-from ..models import PartSpec, aliases, family_by_name, family_for_config
+from ..models import PartSpec, aliases, family_by_name, family_for_config, parts_needed
 from ..quant.recipe import BLOCKS, Recipe
 
 __all__ = [
@@ -119,6 +119,7 @@ class Outline:
     weights: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)
     is_bundle: bool = False
     tokenizer: int = 0
+    onnxruntime_only: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -142,7 +143,8 @@ class Outline:
         kept = "int8" if (kv_cache or recipe.kv_cache) == "int8" else dtype
         manifest = replace(self.manifest, kv_cache=replace(self.manifest.kv_cache, dtype=kept))
         parts = {part: _stored(part, weights, recipe, dtype, manifest.vocab_size) for part, weights in self.weights.items()}
-        return replace(self, manifest=manifest, parts=parts, recipe=name or recipe.name)
+        only = any(rule.method in ("nf4", "fp4") for rule in recipe.rules)
+        return replace(self, manifest=manifest, parts=parts, recipe=name or recipe.name, onnxruntime_only=only)
 
     def look(self, images: int, resolution: tuple[int, int] | None, visual_tokens: int | None = None) -> Sight:
         """What `images` pictures of `resolution` (width, height) take; without one, of the size that a tile has, or of 1,280 by
@@ -182,12 +184,17 @@ def is_bundle(folder: Path) -> bool:
 
 def outline_bundle(folder: Path) -> Outline:
     """From the manifest of a bundle. Raises BundleError and its kinds."""
-    from ..vlm import VLM
-
-    bundle = Bundle.open(folder, check_files=False)
-    manifest = bundle.manifest
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vlm = VLM.without_parts(bundle)
+    manifest = Bundle.open(folder, check_files=False).manifest
+    missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
+    if missing:
+        raise ManifestError(
+            f"{folder} is a {manifest.family} bundle without the part {', '.join(missing)}. Export the checkpoint again."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        processor = ImageProcessor.from_config({**_processor_config(folder, manifest.family), **manifest.image_options})
+    except (OSError, ValueError, RecursionError, AttributeError) as exc:
+        raise ManifestError(f"{folder} has no readable config.json or processor: {exc}. Export the checkpoint again.") from exc
     head = manifest.vocab_size * _head_width(manifest, config)
     parts = {}
     for name, part in manifest.parts.items():
@@ -205,8 +212,9 @@ def outline_bundle(folder: Path) -> Outline:
             stored = {**quantized, low: part.size - sum(size for form, size in quantized.items() if form != low)}
         parts[name] = PartOutline(stored, table, largest, 0 if table else int(count - last), int(last), form)
     recipe = (manifest.recipe or {}).get("name")
-    outline = _outline(str(folder), manifest, parts, config, vlm._processor, recipe, {}, is_bundle=True)
-    return replace(outline, tokenizer=_tokenizer_size(folder, manifest))
+    outline = _outline(str(folder), manifest, parts, config, processor, recipe, {}, is_bundle=True)
+    only = any(part.onnxruntime_only for part in manifest.parts.values())
+    return replace(outline, tokenizer=_tokenizer_size(folder, manifest), onnxruntime_only=only)
 
 
 def _head_width(manifest: Manifest, config: Mapping[str, Any]) -> int:
@@ -256,7 +264,7 @@ def _download_configuration(model: str, hub_id: str) -> Path:
         raise CheckpointNotFoundError(
             f"The configuration of {model!r} ({hub_id}) is not at hand, and the Hub could not be reached. Copy its config.json "
             "and preprocessor_config.json into a folder and give that; or try one that ships with EdgeVLM: "
-            f"{', '.join(sorted(published()))}."
+            f"{', '.join(sorted(published()))}. ({type(exc).__name__})"
         ) from exc
 
 

@@ -52,6 +52,8 @@ def print_plan(plan: Plan, console: Any) -> None:
     console.print(table)
     if target.runs_on_gpu and memory.building > memory.usable:
         console.print("Its largest engine cannot be built there; build it on a larger machine of the same kind.")
+    if target.runs_on_gpu and outline.onnxruntime_only:
+        console.print("NF4 and FP4 weights run by ONNX Runtime alone; TensorRT takes int8 and int4.")
     console.print(_speed_text(plan))
     if plan.options:
         console.print("\n[bold]What would make it fit[/], what loses least first" if plan.options[0].fits else

@@ -37,8 +37,9 @@ SHARES = {
 }
 #: For devices that nothing was published of: those of the nearest kind, and no more than an assumption.
 ASSUMED = Shares(0.8, 50e-6, {"float16": 0.5, "int8": 0.5, "int4": 0.5})
-#: ONNX Runtime on two cores, LLaVA with a 0.5B decoder (benchmarks/plan_memory.py), against what NumPy reaches there.
-CPU = Shares(0.55, 60e-6, {"float32": 0.9, "float16": 0.5, "int8": 0.9, "int4": 0.9})
+#: ONNX Runtime on a CPU, against what NumPy reaches there: a rough guess from one run of LLaVA with a 0.5B decoder on two busy
+#: cores, not a calibration.
+CPU = Shares(0.6, 300e-6, {"float32": 0.9, "float16": 0.8, "int8": 0.9, "int4": 0.8})
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def predict_speed(
     The prompt goes through in chunks, each of which reads the weights. `compute` names another type that products are made in
     (`fp4`)."""
     shares = SHARES.get(target.compute_capability or "", ASSUMED if target.runs_on_gpu else CPU)
-    calibrated = not target.runs_on_gpu or target.compute_capability in SHARES
+    calibrated = target.compute_capability in SHARES
     tokens = min(context, prompt if prompt is not None else sight.places + 128)
     peak = target.flops.get(compute or ("fp16" if target.runs_on_gpu else "fp32"))
     rate = target.bandwidth * shares.bandwidth if target.bandwidth else None

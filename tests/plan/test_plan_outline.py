@@ -17,7 +17,14 @@ from tiny_qwen_vl import QWEN_VLS
 pytest.importorskip("torch")
 
 from edgevlm.bundle import Bundle
-from edgevlm.errors import CheckpointError, CheckpointNotFoundError, InputError, RecipeError, UnsupportedModelError
+from edgevlm.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InputError,
+    ManifestError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from edgevlm.plan.outline import outline_bundle, outline_checkpoint, published
 from edgevlm.plan.run import outline_model
 from edgevlm.quant.recipe import Recipe, Rule
@@ -182,6 +189,20 @@ def test_any_size_needs_the_processors_file(tiny: Callable[[str], Tiny], tmp_pat
     shutil.copyfile(tiny("qwen2.5-vl-windows").checkpoint / "config.json", tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
         outline_model(str(tmp_path))
+
+
+def test_a_damaged_bundle_is_named(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "b")
+    text = json.loads((tmp_path / "b" / "edgevlm.json").read_text(encoding="utf-8"))
+    del text["parts"]["decoder"]
+    (tmp_path / "b" / "edgevlm.json").write_text(json.dumps(text), encoding="utf-8")
+    with pytest.raises(ManifestError, match="is a llava bundle without the part decoder"):
+        outline_model(str(tmp_path / "b"))
+
+
+def test_nf4_is_for_onnx_runtime_alone(checkpoint: Path) -> None:
+    assert outline_model(str(checkpoint), recipe="nf4").onnxruntime_only
+    assert not outline_model(str(checkpoint), recipe="int4").onnxruntime_only
 
 
 def test_a_bundle_takes_no_recipe(bundle: Path) -> None:
