@@ -29,11 +29,15 @@ class Request:
 class Option:
     """A way to make it fit: what to change, what that loses, and the total then. `loss` sorts."""
 
-    change: str
+    changes: tuple[str, ...]
     lost: str
     total: int
     loss: float
     fits: bool
+
+    @property
+    def change(self) -> str:
+        return " and ".join(self.changes)
 
 
 #: What each change loses, least first: a judgement from docs/recipes.md and the README's scores, not a measurement.
@@ -45,6 +49,8 @@ def advise(outline: Outline, target: Target, request: Request) -> list[Option]:
     options = [o for o in _options(outline, target, request) if o is not None]
     fitting = [option for option in options if option.fits]
     if fitting:
+        # What goes further than another way that fits loses more for nothing.
+        fitting = [o for o in fitting if not any(set(other.changes) < set(o.changes) for other in fitting)]
         return sorted(fitting, key=lambda option: (option.loss, option.total))
     return sorted(options, key=lambda option: option.total)[:1]
 
@@ -127,4 +133,4 @@ def _option(
         )
     except EdgeVLMError:  # fewer tokens than a picture takes at least
         return None
-    return Option(" and ".join(change), ", ".join(lost), memory.total, loss, memory.fits)
+    return Option(tuple(change), ", ".join(lost), memory.total, loss, memory.fits)

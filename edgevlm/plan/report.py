@@ -141,7 +141,7 @@ def plot_memory(plan: Plan, path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    most = plan.outline.manifest.context_length
+    most = min(plan.outline.manifest.context_length, max(4 * plan.request.context, 4096))
     least = max(1, min(plan.sight.places + 1, most))
     contexts = sorted({least + round((most - least) * n / 64) for n in range(65)} | {plan.request.context})
     memories = [predict_memory(plan.outline, plan.target, n, plan.sight) for n in contexts]

@@ -118,6 +118,8 @@ def test_advice_fits_and_what_loses_least_comes_first(qwen3: Outline) -> None:
     assert [option.loss for option in made.options] == sorted(option.loss for option in made.options)
     changes = [option.change for option in made.options]
     assert len(set(changes)) == len(changes)
+    sets = [set(option.changes) for option in made.options]
+    assert not any(one < other for one in sets for other in sets)
     assert any("INT8 KV cache" in change for change in changes)
 
 
