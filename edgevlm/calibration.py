@@ -166,8 +166,8 @@ def _listed_samples(path: Path) -> list[Sample]:
 def _sample_from(entry: Any, folder: Path) -> Sample:
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
-    images = entry.get("images", entry.get("image", entry.get("file_name", [])))
-    images = [images] if isinstance(images, str) else images or []
+    images = entry.get("images", entry.get("image", entry.get("file_name")))
+    images = [] if images is None else [images] if isinstance(images, str) else images
     prompt = next((entry[key] for key in ("prompt", "question", "text") if key in entry), _PROMPTS[0])
     answer = entry.get("answer", "")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
@@ -266,7 +266,7 @@ def _decoder_feeds(vlm: VLM, sample: Sample) -> dict[str, np.ndarray]:
     built, pictures = vlm._read_request(request)
     views = [View(picture_digest(p), built.instruction, pixel_values=vlm._pixels(p)) for p in pictures]
     feed = vlm._feed(built, views, Timings())
-    answer = vlm._builder.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
+    answer = vlm._builder.encode_plain(sample.answer) if sample.answer else []
     if not answer and manifest.decoder_start_id is not None:
         answer = vlm.generate(sample.prompt, images=list(sample.pictures), max_new_tokens=_ANSWER).tokens
     length = len(feed.keys)

@@ -119,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="fp32", choices=("fp32", "fp16"), help="what the graphs compute in (default: fp32)")
     sub.add_argument("--quantize", metavar="RECIPE", help=f"{recipes}, or a recipe file; quantizes on the way")
     _add_calibration(sub)
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
     sub = command("convert", _convert, "Turn pickled weights, as they are published, into a checkpoint that export takes.")
@@ -138,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path, help="a float bundle")
     sub.add_argument("--recipe", required=True, help=f"{recipes}, or a recipe file (.toml, .json)")
     _add_calibration(sub)
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
     sub.add_argument("--output", required=True, type=Path, help="the new bundle's folder")
     sub.add_argument("--force", action="store_true", help="replace a bundle that exists")
 
@@ -176,24 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite", required=True, metavar="S",
         help="scenes or pope-scenes (drawn), pope:FILE, vqa:FILE or captions:FILE (as published), or a .jsonl file of your own",
     )  # fmt: skip
-    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
-    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
-    sub.add_argument(
-        "--instruction", metavar="TEXT",
-        help="said behind every question on a line of its own, or around {question}; the prompt of a caption",
-    )  # fmt: skip
-    sub.add_argument("--metric", metavar="M", help="of a file of your own: exact (default), contains, pope, vqa or cider")
-    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
-    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    _add_suite(sub)
     sub.add_argument(
         "--output", type=Path, default=Path("build/eval"),
-        help="answers, results.json and report.html; a later run with the same goes on (default: build/eval)",
+        help="a folder for each suite, with answers, results.json and report.html; a later run with the same goes on "
+        "(default: build/eval)",
     )  # fmt: skip
     sub.add_argument("--force", action="store_true", help="throw away the answers that are there, and begin anew")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
-    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
-    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
     sub.add_argument("--backend", help="cpu or cuda for every part of the bundles; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use (with --engine ray: each worker)")
     sub.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work is done (default: local)")
@@ -206,16 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS", help="points that may be lost (default: 1.0)")
     sub.add_argument("--suite", default="scenes", metavar="S", help="what is asked, as for eval (default: scenes)")
     sub.add_argument("--target", choices=("size", "latency"), default="size", help="what is made small (default: size)")
-    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
-    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
-    sub.add_argument("--instruction", metavar="TEXT", help="said behind every question, as for eval")
-    sub.add_argument(
-        "--calibration", metavar="SET",
-        help="what methods that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
-    )  # fmt: skip
-    sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
-    sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
+    _add_suite(sub)
+    _add_calibration(sub)
     sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument(
@@ -255,14 +238,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_suite(sub: argparse.ArgumentParser) -> None:
+    """What is asked, and how, of commands that score answers."""
+    sub.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the suite's file)")
+    sub.add_argument("--annotations", metavar="FILE", help="the answers to vqa:FILE, where they are not beside it")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (default: all of a file, 1000 of the drawn)")
+    sub.add_argument(
+        "--instruction", metavar="TEXT",
+        help="said behind every question on a line of its own, or around {question}; the prompt of a caption",
+    )  # fmt: skip
+    sub.add_argument("--metric", metavar="M", help="of a file of your own: exact (default), contains, pope, vqa or cider")
+    sub.add_argument("--split", default="test", help="of the drawn suites: train, validation or test (default: test)")
+    sub.add_argument("--aspect", default="square", help="of the drawn suites: square, wide or tall (default: square)")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: by suite)")
+    sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
+
+
 def _add_calibration(sub: argparse.ArgumentParser) -> None:
+    """What recipes that look at samples get to see."""
     sub.add_argument(
         "--calibration", metavar="SET",
         help="what recipes that look at samples get to see: scenes (default), a folder of pictures, or a .jsonl file",
     )  # fmt: skip
     sub.add_argument("--samples", type=int, metavar="N", help="at most as many calibration samples (default: 64)")
     sub.add_argument("--seed", type=int, metavar="S", help="of the choice of samples (default: 0)")
-    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
 
 
 # -------------------------------------------------------------------------------------------- commands
@@ -417,11 +417,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     )
     with _extra("eval"):
         from .evaluation.report import print_table, write_html, write_json
-        from .evaluation.run import evaluate
+        from .evaluation.run import evaluate, folder_of
     if not all(map(is_bundle, arguments.subjects)):
         with _extra("export"):
             from . import reference  # noqa: F401 - what it needs is there
     engine = None
+    if arguments.engine != "ray" and (arguments.workers is not None or arguments.ray_address is not None):
+        raise InputError("--workers and --ray-address are for --engine ray.")
     if arguments.engine == "ray":
         with _extra("ray"):
             from .evaluation.ray_engine import make_ray_engine
@@ -431,7 +433,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         suite, outcomes = evaluate(
             arguments.subjects, spec, arguments.output, settings, engine=engine, force=arguments.force, stage=stage, step=step
         )
-    results, page = arguments.output / "results.json", arguments.output / "report.html"
+    folder = folder_of(arguments.output, suite)
+    results, page = folder / "results.json", folder / "report.html"
     write_json(outcomes, suite.items, results)
     write_html(outcomes, suite.items, page)
     if arguments.json:
@@ -447,7 +450,11 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .evaluation.suites import SuiteSpec
 
     spec = SuiteSpec(
-        arguments.suite, arguments.images, arguments.annotations, arguments.limit, instruction=arguments.instruction
+        arguments.suite, arguments.images, arguments.annotations, arguments.limit, arguments.metric, arguments.instruction,
+        arguments.split, arguments.aspect,
+    )  # fmt: skip
+    settings = Settings(
+        arguments.max_new_tokens, arguments.capacity, arguments.backend, arguments.threads, arguments.visual_tokens
     )
     with _extra("quantize"), _extra("eval"), contextlib.ExitStack() as extras:
         if not is_bundle(arguments.model):
@@ -462,8 +469,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         with _counting() as (stage, step):
             tuned = tune(
                 arguments.model, arguments.output, spec, max_drop=arguments.max_drop, target=arguments.target,
-                settings=Settings(backend=arguments.backend, threads=arguments.threads), calibration=calibration,
-                force=arguments.force, stage=stage, step=lambda _, done, total: step("questions", done, total),
+                settings=settings, calibration=calibration, force=arguments.force, stage=stage,
+                step=lambda _, done, total: step("questions", done, total),
             )  # fmt: skip
         recipe, _, page = write_tuned(tuned, arguments.output)
     print_tuned(tuned, make_console())

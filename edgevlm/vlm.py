@@ -344,10 +344,11 @@ class VLM:
         if len(built.ids) + 1 > self.capacity:
             visual = sum(length for _, length in built.places)
             smaller = f" Pictures take {visual} of them; visual_tokens bounds what one may take." if self._any_size else ""
+            most = self.bundle.manifest.context_length
+            larger = f", or load with a larger capacity (this model: up to {most})" if most > self.capacity else ""
             raise CapacityError(
                 f"The prompt has {len(built.ids)} tokens ({len(pictures)} pictures included) and the answer needs one; "
-                f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt, or load with a larger capacity "
-                f"(this model: up to {self.bundle.manifest.context_length}).{smaller}"
+                f"the model was loaded with a capacity of {self.capacity}. Shorten the prompt{larger}.{smaller}"
             )
         return built, pictures
 

@@ -350,6 +350,67 @@ def test_what_export_and_quantize_refuse(
     assert (taken / "diary.txt").read_text() == "mine"
 
 
+def test_what_calibration_refuses(bundle: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one before it leaves anything."""
+    shutil.copy(photo, tmp_path / "photo.png")
+    (tmp_path / "empty").mkdir()
+    out, lists = tmp_path / "made" / "out", {
+        "broken": '{"image": "photo.png"}\n{"image": }',
+        "gone": '{"image": "gone.png"}',
+        "blind": '{"prompt": "Hello"}',
+        "long": json.dumps({"image": "photo.png", "prompt": "much too long " * 2000}),
+    }  # fmt: skip
+    for name, content in lists.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for more, named in (
+        (("--recipe", "int4", "--calibration", tmp_path / "nowhere"), "There is no calibration set"),
+        (("--recipe", "int4", "--calibration", tmp_path / "empty"), "has neither pictures"),
+        (("--recipe", "int4", "--calibration", tmp_path), "has several .jsonl files"),
+        (("--recipe", "w8a8", "--calibration", tmp_path / "broken.jsonl"), "has 1 broken lines. line 2: "),
+        (("--recipe", "int4-gptq", "--calibration", tmp_path / "gone.jsonl"), "line 1: "),
+        (("--recipe", "int4", "--calibration", tmp_path / "blind.jsonl"), "calibrated on text alone loses its sight"),
+        (("--recipe", "int4", "--samples", 0), "needs 1 or more"),
+        (("--recipe", "int8", "--calibration", "scenes"), "looks at no samples; --calibration says nothing to it"),
+        (("--recipe", "int8", "--samples", 5), "--samples says nothing to it"),
+        (("--recipe", "int8", "--seed", 0), "--seed says nothing to it"),
+    ):
+        assert call("quantize", bundle, "--output", out, *more) == 2, more
+        assert named in said(capsys)
+        assert not out.exists()
+        assert not out.parent.exists() or not list(out.parent.iterdir())
+    assert call("quantize", bundle, "--output", out, "--recipe", "int4", "--calibration", tmp_path / "long.jsonl") == 2
+    *_, last = capsys.readouterr().err.splitlines()  # it had begun, and said so
+    assert last.startswith("edgevlm quantize: error: line 1 of the calibration set long.jsonl cannot be used: The prompt has")
+    assert not list(out.parent.iterdir())
+    assert call("export", "--model", bundle, "--output", out, "--samples", 5) == 2
+    assert "--samples is about quantization; give --quantize RECIPE with it" in said(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "made") == before
+
+
+def test_calibrated_on_export_or_later(
+    checkpoint: Path, bundle: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": str(photo), "prompt": "What?", "answer": "a thing"}) + "\n")
+    asked = ("--calibration", tmp_path / "mine.jsonl", "--seed", 3, "--kv-cache", "int8")
+    assert call("export", "--model", checkpoint, "--output", tmp_path / "a", "--quantize", "int4", *asked) == 0
+    assert call("quantize", bundle, "--output", tmp_path / "b", "--recipe", "int4", *asked) == 0
+    files = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in "ab"
+    ]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mine.jsonl"]
+    capsys.readouterr()
+    assert call("inspect", tmp_path / "b") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "heads of 16, int8)" in shown
+    recipe = json.loads((tmp_path / "b" / MANIFEST).read_text())["recipe"]
+    assert (recipe["name"], recipe["kv_cache"]) == ("int4", "int8")
+    assert {**recipe["calibration"], "sha256": ""} == {"source": "mine.jsonl", "samples": 1, "seed": 3, "sha256": ""}
+    assert call("run", tmp_path / "b", "--image", photo, "--prompt", "How many?", "--max-new-tokens", 3, "--threads", 1) == 0
+
+
 def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("inspect", tmp_path / "nothing", "--debug") == 2
     err = capsys.readouterr().err
@@ -397,16 +458,17 @@ def test_eval(bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
         assert name in shown
     assert f"asking {checkpoint.name}" in told
     assert f"{bundle.name}: 16 of 16 answered" in told
-    assert f"{output / 'results.json'} and {output / 'report.html'} have more" in told
-    kept = {path.name: path.read_bytes() for path in (output / "scenes").iterdir()}
+    output_of = output / "scenes"
+    assert f"{output_of / 'results.json'} and {output_of / 'report.html'} have more" in told
+    kept = {path.name: path.read_bytes() for path in output_of.glob("*.jsonl")}
     assert set(kept) == {f"{bundle.name}.jsonl", f"{checkpoint.name}.jsonl"}
-    assert "<html" in (output / "report.html").read_text(encoding="utf-8")
+    assert "<html" in (output_of / "report.html").read_text(encoding="utf-8")
 
     assert call(*asked, "--output", output, "--json") == 0  # nothing is asked again
     shown, told = capsys.readouterr()
-    assert json.loads(shown) == json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert json.loads(shown) == json.loads((output_of / "results.json").read_text(encoding="utf-8"))
     assert "asking" not in told
-    assert {path.name: path.read_bytes() for path in (output / "scenes").iterdir()} == kept
+    assert {path.name: path.read_bytes() for path in output_of.glob("*.jsonl")} == kept
 
     assert call(*asked[:-4], "--max-new-tokens", 2, "--output", output) == 2
     assert "Give another --output, or --force to begin anew." in capsys.readouterr().err
@@ -431,6 +493,8 @@ def test_what_eval_refuses(bundle: Path, photo: Path, tmp_path: Path, capsys: py
     assert "no suite 'coco'" in error(bundle, "--suite", "coco")
     assert "neither a folder here" in error(bundle, tmp_path / "nothing", "--suite", "scenes").split("…")[-1]
     assert "asked twice" in error(bundle, bundle, "--suite", "scenes")
+    assert "max_new_tokens is 0" in error(bundle, "--suite", "scenes", "--max-new-tokens", 0)
+    assert "are for --engine ray" in error(bundle, "--suite", "scenes", "--workers", 2)
     assert not (tmp_path / "out").exists()
     assert call("eval", bundle) == 2
     assert "--suite" in capsys.readouterr().err
@@ -457,7 +521,7 @@ def test_interrupting_an_evaluation_keeps_its_answers(bundle: Path, tmp_path: Pa
     assert "Traceback" not in err
     kept = path.read_bytes().splitlines()[1:]
     assert 4 <= len(kept) < 1000
-    assert not (tmp_path / "results.json").exists()
+    assert not list(tmp_path.rglob("results.json"))
 
 
 def test_interrupting_an_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

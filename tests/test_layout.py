@@ -56,6 +56,7 @@ MAY_IMPORT = {
     # What a model weighs is found as the export finds it, without weights.
     "plan": {"bundle", "errors", "export", "generate", "images", "models", "quant", "targets"},
     "tune": {
+        "__version__",
         "bundle",
         "calibration",
         "errors",

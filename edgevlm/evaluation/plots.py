@@ -1,4 +1,4 @@
-"""Scatter plots as SVG that is part of a page: it takes the page's colours, its text stays text, and it fetches nothing.
+"""Plots as SVG that is part of a page: it takes the page's colours, its text stays text, and it fetches nothing.
 
 matplotlib draws; what is done to its output afterwards is what a file of its own needs and a page does not have: the XML head,
 namespaces, metadata, and names that would clash with a second plot's.
@@ -11,13 +11,13 @@ import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingDependencyError
 
-__all__ = ["Point", "draw_scatter"]
+__all__ = ["Panel", "Point", "draw_rows", "draw_scatter"]
 
 #: Stand-ins that no other part of a plot uses, and what the page makes of them.
 _COLOURS = {"#010101": "currentColor", "#020202": "var(--quiet)", "#030303": "var(--bundle)", "#040404": "var(--torch)"}
@@ -44,6 +44,70 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, *, title: 
 
     Raises `MissingDependencyError` without matplotlib.
     """
+    height = max(3.3, 0.9 + 0.25 * len(points))
+
+    def draw(figure: Any) -> None:
+        labels = 0.05 + 0.0128 * max(len(_shorten(point.label)) for point in points)
+        bottom = 0.5 / height
+        axes = figure.add_axes((0.11, bottom, 0.88 - labels, 0.97 - bottom), facecolor="none")
+        _draw(axes, points, x_label, y_label)
+
+    return _draw_svg(draw, (6.3, height), title, name)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown of every row, beside each other: `values`, with the ends of their intervals or as `bars` from zero. NaN is
+    left empty. `limit`, where there is one, is marked."""
+
+    label: str
+    values: Sequence[float]
+    ranges: Sequence[tuple[float, float]] = ()
+    bars: bool = False
+    limit: float = math.nan
+
+
+def draw_rows(labels: Sequence[str], kinds: Sequence[str], panels: Sequence[Panel], *, title: str, name: str) -> str:
+    """An `<svg>` with a row for each label, from the top, and two panels or so beside the labels. `kinds` as in `Point`,
+    `title` and `name` as in `draw_scatter`, likewise what is raised."""
+    width, height, head = 9.6, 0.75 + 0.24 * len(labels), 0.15
+    left = (0.2 + 0.075 * max(map(len, labels))) / width
+    each, bottom = (1 - left) / len(panels), 0.5 / height
+
+    def draw(figure: Any) -> None:
+        for number, panel in enumerate(panels):
+            place = (left + number * each, bottom, each - 0.03, 1 - bottom - head / height)
+            axes = figure.add_axes(place, facecolor="none")
+            _draw_panel(axes, panel, kinds)
+            axes.set_yticks(range(len(labels)), [_printable(label) for label in labels] if number == 0 else [])
+
+    return _draw_svg(draw, (width, height), title, name)
+
+
+def _draw_panel(axes: Any, panel: Panel, kinds: Sequence[str]) -> None:
+    for row, (value, kind) in enumerate(zip(panel.values, kinds, strict=True)):
+        mark, colour = _MARKS.get(kind, _MARKS["bundle"])
+        if not math.isfinite(value):
+            continue
+        if panel.bars:
+            axes.barh(row, value, height=0.6, color=colour)
+        else:
+            reach = _reach(value, panel.ranges[row] if panel.ranges else None)
+            axes.errorbar(value, row, xerr=reach, fmt=mark, color=colour, markersize=5.5, elinewidth=1.2, capsize=2.5)
+    axes.axvline(0, color=_QUIET, linewidth=0.8)
+    if math.isfinite(panel.limit):
+        axes.axvline(panel.limit, color=_TEXT, linewidth=1, linestyle="--")
+    axes.set_ylim(len(panel.values) - 0.4, -0.6)
+    axes.margins(x=0.06)
+    axes.set_xlabel(panel.label)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(color=_QUIET, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_svg(draw: Callable[[Any], None], inches: tuple[float, float], title: str, name: str) -> str:
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -59,12 +123,9 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, *, title: 
     }  # fmt: skip
     with rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the measuring font lacks; the page's has it
-        figure = Figure(figsize=(6.3, max(3.3, 0.9 + 0.25 * len(points))), facecolor="none")
+        figure = Figure(figsize=inches, facecolor="none")
         FigureCanvasSVG(figure)
-        labels = 0.05 + 0.0128 * max(len(_shorten(point.label)) for point in points)
-        bottom = 0.5 / figure.get_figheight()
-        axes = figure.add_axes((0.11, bottom, 0.88 - labels, 0.97 - bottom), facecolor="none")
-        _draw(axes, points, x_label, y_label)
+        draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(file.getvalue(), title, name)
@@ -104,14 +165,28 @@ def _label(axes: Any, points: Sequence[Point]) -> None:
     """Names in the margin, in the order of the points' heights and as close to them as names fit."""
     bottom, top = axes.get_ylim()
     order = sorted(range(len(points)), key=lambda i: (points[i].y, -i))
-    heights = _spread([(points[i].y - bottom) / (top - bottom) for i in order], min(0.075, 1 / max(1, len(points) - 1)))
-    for index, height in zip(order, heights, strict=True):
+    wanted = [(points[i].y - bottom) / (top - bottom) for i in order]
+    heights = _spread(wanted, min(0.075, 1 / max(1, len(points) - 1)))
+    for index, height in zip(_uncrossed(order, points, wanted, heights), heights, strict=True):
         point = points[index]
         axes.annotate(
             _shorten(point.label), (point.x, point.y), (1.04, height), textcoords="axes fraction", va="center", fontsize=9.5,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": _QUIET, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 5},
         )  # fmt: skip
+
+
+def _uncrossed(order: Sequence[int], points: Sequence[Point], wanted: Sequence[float], places: Sequence[float]) -> list[int]:
+    """The order with points of one height changed round: the further left one is, the further from it its name stands, so
+    that no line crosses another."""
+    found: list[int] = []
+    for height in dict.fromkeys(points[i].y for i in order):
+        own = [at for at, index in enumerate(order) if points[index].y == height]
+        from_left = sorted((order[at] for at in own), key=lambda i: points[i].x)
+        farthest_first = sorted(own, key=lambda at: -abs(places[at] - wanted[at]))
+        placed = dict(zip(farthest_first, from_left, strict=True))
+        found += [placed[at] for at in own]
+    return found
 
 
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:

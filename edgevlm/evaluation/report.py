@@ -27,7 +27,7 @@ from ..images import load_image
 from ..scenes import Scene, render_scene
 from .plots import Point, draw_scatter
 from .records import Item, Outcome, Picture, Subject
-from .statistics import LEVEL, Comparison, Interval, compare_with_first, group_by_picture, mean_interval
+from .statistics import LEVEL, Comparison, Interval, compare_with_first, group_by_picture, mean_interval, top_score
 
 __all__ = ["Kind", "Row", "Summary", "describe_comparison", "print_table", "summarize", "write_html", "write_json"]
 
@@ -103,7 +103,7 @@ def summarize(outcomes: Sequence[Outcome], items: Sequence[Item]) -> Summary:
 
 
 def _row(number: int, outcome: Outcome, kinds: Mapping[str, str], named: Mapping[str, None], groups: Mapping[str, int]) -> Row:
-    top = 10.0 if "cider" in next(iter(outcome.metrics)).lower() else 1.0
+    top = top_score(outcome)
     found = {}
     for kind in named:
         scores = {name: score for name, score in outcome.scores.items() if kinds.get(name) == kind}
@@ -174,6 +174,17 @@ def describe_comparison(comparison: Comparison, comparisons: int = 1) -> tuple[s
     return verdict, f"{_signed(c.difference)} points{reach}. {moved}. {'; '.join(tests)}."
 
 
+def _note_on_comparisons(summary: Summary) -> str:
+    note = "Where no difference is shown there may be one: the interval says how large."
+    unsure = [c for c in summary.comparisons if not c.significant and c.interval.known]
+    if any(c.interval.low > 0 or c.interval.high < 0 for c in unsure):
+        note += (
+            " An interval that leaves out 0 is no verdict: it stands for one comparison alone, while the test is adjusted for "
+            "all of them, and exact for few differing answers."
+        )
+    return note
+
+
 def _note_on_groups(summary: Summary) -> str:
     if summary.groups == summary.questions:
         return ""
@@ -209,7 +220,7 @@ def print_table(outcomes: Sequence[Outcome], items: Sequence[Item], console: Any
         console.print("", _kind_table(summary))
     if summary.comparisons:
         console.print("", _comparison_table(summary))
-        console.print("Where no difference is shown there may be one: the interval says how large.")
+        console.print(_note_on_comparisons(summary))
     if note := _note_on_groups(summary):
         console.print()
         console.print(note)
@@ -404,6 +415,7 @@ def write_html(outcomes: Sequence[Outcome], items: Sequence[Item], path: Path) -
     script, style = ((folder / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
     page = environment.get_template("report.html").render(
         summary=summary, level=f"{100 * LEVEL:.0f}", plots=list(_plots(summary)), size=_size, note=_note_on_groups(summary),
+        note_on_comparisons=_note_on_comparisons(summary),
         comparisons=[describe_comparison(c, len(summary.comparisons)) for c in summary.comparisons],
         methods=sorted({row.interval.method for row in summary.rows} - {"none"}),
         changed=len(changed), cards=cards, left_out=len(changed) - len(cards), pictures_left_out=pictures_left_out,

@@ -2,6 +2,8 @@
 
     OUTPUT/SUITE/SUBJECT.jsonl      the first line says whose answers these are, and how they were asked for; then one each
 
+`folder_of` is OUTPUT/SUITE, where a report about a suite has its place as well.
+
 1. An answer is kept with a digest of its question: wording, right answers, and what is in the pictures. On a restart, a
    question with an answer is not asked again. More questions of the same suite (a larger `--limit`) go on in the same file.
 2. A last line that was cut short is dropped. No question counts twice, whatever is in the file.
@@ -14,6 +16,7 @@ subject in memory at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -34,7 +37,7 @@ from .records import Answer, Item, Outcome, Picture, Subject
 from .subjects import Model, Settings, describe_subjects, digest_subject, file_name, open_subject
 from .suites import Suite, SuiteSpec, load_suite
 
-__all__ = ["Engine", "Settings", "Shard", "answer_shard", "answers_of", "evaluate", "run_locally", "score_subject"]
+__all__ = ["Engine", "Settings", "Shard", "answer_shard", "answers_of", "evaluate", "folder_of", "run_locally", "score_subject"]
 
 #: Of the lines in a file of answers.
 FORMAT = 1
@@ -79,10 +82,11 @@ def evaluate(
     opening and asking the subjects raises. What was answered until then is kept.
     """
     suite = load_suite(spec)
-    settings = replace(settings, max_new_tokens=settings.max_new_tokens or suite.longest)
+    if settings.max_new_tokens is None:
+        settings = replace(settings, max_new_tokens=suite.longest)
     Sampling(max_new_tokens=settings.max_new_tokens or 0)  # raises where it is no number of tokens
     described = describe_subjects(subjects)
-    stage(f"{suite.name}: {len(suite.items):,} questions, {len(described)} to answer them")
+    stage(f"{suite.name}: {len(suite.items):,} question{'s' * (len(suite.items) > 1)}, {len(described)} to answer")
     digests = {item.id: _digest_item(item) for item in suite.items}
     journals: dict[str, Journal] = {}
     try:
@@ -91,7 +95,7 @@ def evaluate(
                 "format": FORMAT, "suite": suite.name, "subject": subject.name, "kind": subject.kind,
                 "digest": digest_subject(subject.source), "settings": dataclasses.asdict(settings),
             }  # fmt: skip
-            path = Path(output) / file_name(suite.name) / f"{file_name(subject.name)}.jsonl"
+            path = folder_of(output, suite) / f"{file_name(subject.name)}.jsonl"
             journals[subject.source] = Journal(path, identity, digests, force=force)
         _ask(suite, spec, described, journals, settings, engine or run_locally, stage, step)
     finally:
@@ -99,6 +103,11 @@ def evaluate(
             journal.close()
     stage("scoring")
     return suite, [score_subject(suite, subject, journals[subject.source].answers) for subject in described]
+
+
+def folder_of(output: str | Path, suite: Suite) -> Path:
+    """Where what belongs to a suite is kept."""
+    return Path(output) / file_name(suite.name)
 
 
 def _ask(
@@ -297,7 +306,8 @@ class Journal:
         self.answers.update((answer.id, answer) for answer in new)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk: what could not be written was told when it was
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -322,14 +332,14 @@ class Journal:
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(whole))  # what was cut short while it was written
-        lines = whole.splitlines()
-        if not lines:
+        lines = [self._parse(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if not lines or (len(lines) == 1 and lines[0].get("format") == FORMAT):  # no answer yet: nothing to mix
+            self._file.truncate(0)
             self._write([self.identity])
             return
-        self._compare(self._parse(1, lines[0]))
+        self._compare(lines[0])
         changed = []
-        for number, line in enumerate(lines[1:], 2):
-            entry = self._parse(number, line)
+        for number, entry in enumerate(lines[1:], 2):
             digest = entry.pop("item", None)
             try:
                 answer = Answer(**entry)

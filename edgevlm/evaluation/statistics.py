@@ -53,6 +53,7 @@ __all__ = [
     "compare_with_first",
     "group_by_picture",
     "mean_interval",
+    "top_score",
 ]
 
 LEVEL = 0.95
@@ -257,6 +258,11 @@ def _tango_interval(lost: float, won: float, count: float) -> Interval:
 # --------------------------------------------------------------------------------------------- comparisons
 
 
+def top_score(outcome: Outcome) -> float:
+    """The best that an item can score: by CIDEr 10, by all other metrics 1."""
+    return 10.0 if "cider" in next(iter(outcome.metrics), "").lower() else 1.0
+
+
 def compare_with_first(outcomes: Sequence[Outcome], groups: Mapping[str, int]) -> list[Comparison]:
     """Every subject after the first against it, with p values adjusted by Holm's method. Raises as `compare_outcomes` does."""
     found = [compare_outcomes(outcomes[0], other, groups) for other in outcomes[1:]]
@@ -275,7 +281,7 @@ def compare_outcomes(first: Outcome, second: Outcome, groups: Mapping[str, int])
     differences = after - before
     sums, _ = _sum_groups(ids, differences, groups)
     lost, won = int(np.sum(differences < 0)), int(np.sum(differences > 0))
-    binary = _is_binary(before) and _is_binary(after)
+    binary = top_score(first) == 1.0 and _is_binary(before) and _is_binary(after)
     mcnemar = _mcnemar(lost, won) if binary else None
     if mcnemar is not None and len(sums) == len(ids):
         test, p = "McNemar, exact", mcnemar

@@ -23,11 +23,14 @@ import itertools
 import json
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ..errors import InputError
 from ..scenes import ASPECTS, COLOURS, SHAPES, SPLITS, Scene, heldout_questions, sample_scene
@@ -93,7 +96,7 @@ def load_suite(spec: SuiteSpec) -> Suite:
     """Reads and checks a suite.
 
     Raises InputError for an unknown suite, an option that it does not have, and a file that is missing, empty, broken (naming
-    the lines) or gives an id twice, and where pictures are missing (saying how many, naming some).
+    the lines) or gives an id twice, and where pictures are missing or are none (saying how many, naming some).
     """
     kind, _, file = spec.suite.partition(":")
     if kind not in _READERS:
@@ -483,7 +486,8 @@ def _identity(entry: Mapping[str, Any], name: str) -> str:
 
 
 def _check_pictures(suite: Suite) -> None:
-    """Raises InputError where files are missing."""
+    """Raises InputError where files are missing, or are no pictures by their first bytes. Damage further in shows when a
+    picture is asked about."""
     files: dict[Path, None] = {}
     for item in suite.items:
         files.update((picture, None) for picture in _files(item.pictures))
@@ -494,6 +498,22 @@ def _check_pictures(suite: Suite) -> None:
             f"{len(missing):,} of the {len(files):,} pictures of {suite.name} are missing: {named}. Give the folder that holds "
             "them as --images; nothing is downloaded."
         )
+    if unread := [path for path in files if not _is_picture(path)]:
+        named = ", ".join(map(str, unread[:_SHOWN])) + (", …" if len(unread) > _SHOWN else "")
+        raise InputError(
+            f"{len(unread):,} of the {len(files):,} pictures of {suite.name} are none that Pillow can read: {named}. Replace "
+            "them, or take their questions out of the file."
+        )
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of very large ones: what is too large is told when it is asked about
+            Image.open(path).close()
+    except Exception:  # a damaged file makes Pillow's parsers raise almost anything
+        return False
+    return True
 
 
 def _files(pictures: Sequence[Picture]) -> Iterator[Path]:

@@ -53,5 +53,5 @@ def search_factors(
 def _factors(mean: np.ndarray, alpha: float) -> np.ndarray:
     """Around 1, and not so far from it that a float16 norm would lose them."""
     factors = np.maximum(mean, 1e-4 * max(float(mean.max()), 1e-30)) ** np.float32(alpha)
-    factors /= np.sqrt(factors.max() * factors.min())
+    factors /= np.sqrt(factors.max()) * np.sqrt(factors.min())  # whose product float32 might not hold
     return np.clip(factors, 1e-3, 1e3).astype(np.float32)

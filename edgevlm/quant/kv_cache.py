@@ -27,11 +27,16 @@ import onnx_ir as ir
 
 from ..errors import RecipeError
 
-__all__ = ["cache_updates", "quantize_kv_cache"]
+__all__ = ["cache_inputs", "cache_updates", "quantize_kv_cache"]
 
 _CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
 #: The largest magnitude is this many steps.
 _STEPS = 127
+
+
+def cache_inputs(model: ir.Model) -> list[str]:
+    """The inputs that hold keys and values; a decoder has them."""
+    return [past.name for past in model.graph.inputs if past.name is not None and _CACHE.fullmatch(past.name)]
 
 
 def cache_updates(model: ir.Model) -> dict[str, ir.Value]:
@@ -39,11 +44,12 @@ def cache_updates(model: ir.Model) -> dict[str, ir.Value]:
 
     Raises RecipeError where the graph has no cache, or one of another form.
     """
-    updates: dict[str, ir.Value] = {}
-    for past in model.graph.inputs:
-        if past.name is None or not _CACHE.fullmatch(past.name):
-            continue
-        updates[past.name] = _input(_scatter(past), 1)
+    updates = {name: _input(_scatter(_find(model, name)), 1) for name in cache_inputs(model)}
+    for name, rows in updates.items():
+        if rows.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or rows.shape is None or len(rows.shape) != 4:
+            raise RecipeError(
+                f"What is written into the KV cache {name} is {rows.dtype} of the shape {rows.shape}: it is no float cache."
+            )
     if not updates:
         raise RecipeError(
             "This part has no KV cache: none of its inputs is called past_key_values.N.key or .value. "
@@ -92,10 +98,8 @@ def _input(node: ir.Node, place: int) -> ir.Value:
 def _scales(name: str, rows: ir.Value, peaks: Mapping[str, np.ndarray]) -> np.ndarray:
     """`[H_kv, D]`, in the type of the rows."""
     shape = rows.shape
-    if rows.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or shape is None or len(shape) != 4:
-        raise RecipeError(
-            f"What is written into the KV cache {name} is {rows.dtype} of the shape {shape}: it is no float cache."
-        )
+    assert shape is not None
+    assert rows.dtype is not None
     if name not in peaks:
         raise RecipeError(f"Calibration saw nothing of the KV cache {name}; it saw {', '.join(sorted(peaks)) or 'no cache'}.")
     peak = np.asarray(peaks[name], np.float64)

@@ -17,6 +17,7 @@ from ..errors import RecipeError, WeightsError
 from . import awq, gptq, rtn
 from .calibrate import Array, Feeds, InputStats, Segment, Shelf, run_segment, segments_of
 from .fold import Fold, consumers_of, find_fold, origin_of, scale_rows, weight_of
+from .kv_cache import cache_inputs, cache_updates
 from .recipe import Recipe, Rule
 from .scales import search_scales
 from .smooth import smooth_factors
@@ -91,19 +92,17 @@ def prepare_layers(
     `step` is told which segment begins, of how many.
     """
     graph, prepared = model.graph, Prepared()
-    caches = _caches(graph) if recipe.kv_cache != "float" else {}
+    caches = cache_updates(model) if recipe.kv_cache != "float" and cache_inputs(model) else {}
     segments = segments_of(graph, together=_folding(graph, part, recipe))
     samples: list[dict[str, Array]] = [dict(feed) for feed in feeds]
     for number, segment in enumerate(segments):
         step(number, len(segments))
         layers = [layer for layer in _layers(segment.nodes, part, recipe) if layer.rule.calibrated]
-        here = [name for name in caches if caches[name] in segment.nodes]
-        new = {name: caches[name].inputs[1].name or "" for name in here}  # type: ignore[union-attr]
+        new = {name: rows for name, rows in caches.items() if rows.producer() in segment.nodes}
         watched, grams = [layer.value for layer in layers], [x.value for x in layers if "gptq" in x.rule.algorithm]
         weights, small = _initializers(segment)
-        stats = run_segment(
-            segment, weights, small, samples, watched, model.opset_imports, shelf, grams=grams, heads=new.values()
-        )
+        heads = [rows.name or "" for rows in new.values()]
+        stats = run_segment(segment, weights, small, samples, watched, model.opset_imports, shelf, grams=grams, heads=heads)
         _forget(samples, segments[number + 1 :])
         for layer in layers:
             _check(layer, part, stats.get(layer.value))
@@ -111,11 +110,10 @@ def prepare_layers(
         nearest = {layer.weight: _nearest_error(layer, part, stats[layer.value]) for layer in layers}
         before = {layer.weight: layer.weight.const_value for layer in layers}
         _fold(segment, every, stats)
-        for name, value in new.items():
-            found = stats.get(value)
+        for name, rows in new.items():
+            found = stats.get(rows.name or "")
             if found is not None:
-                heads = int(caches[name].inputs[0].shape[1])  # type: ignore[union-attr, index, arg-type]
-                prepared.caches[name] = found.peak.reshape(heads, -1)
+                prepared.caches[name] = found.peak.reshape(int(rows.shape[1]), -1)  # type: ignore[index, arg-type]
         for layer in every:
             if layer.rule.method == "w8a8":
                 prepared.activations[layer.node.name or ""] = activation_scale(stats[layer.value], layer.rule.range)
@@ -153,17 +151,6 @@ def _layers(nodes: Iterable[ir.Node], part: str, recipe: Recipe) -> Iterator[_La
         weight = weight_of(node)
         if weight is not None:
             yield _Layer(node, weight, recipe.rule_for(part, weight.name or ""))
-
-
-def _caches(graph: ir.Graph) -> dict[str, ir.Node]:
-    """The KV cache's inputs, and what writes each."""
-    return {
-        value.name: use.node  # type: ignore[misc]
-        for value in graph.inputs
-        if (value.name or "").startswith("past_key_values.")
-        for use in value.uses()
-        if use.node.op_type == "TensorScatter"
-    }
 
 
 def _initializers(segment: Segment) -> tuple[dict[str, np.ndarray], list[ir.Value]]:

@@ -25,6 +25,7 @@ from ..errors import CalibrationError, RecipeError
 from ..graphs import Progress, load_graph, part_record, save_graph
 from .calibrate import Array, Feeds, Shelf
 from .forms import write_gather, write_int4, write_int8
+from .kv_cache import cache_inputs, cache_updates, quantize_kv_cache
 from .layers import CODES, Prepared, block_of, prepare_layers
 from .recipe import Recipe, load_recipe
 
@@ -119,6 +120,8 @@ def check_recipe(recipe: Recipe, graphs: Mapping[str, ir.Model]) -> None:
     """Raises RecipeError where a recipe does not fit a model's graphs, by part: before any work is done."""
     recipe.require_matches({part: quantizable(graph) for part, graph in graphs.items()})
     for part, graph in graphs.items():
+        if recipe.kv_cache != "float" and cache_inputs(graph):
+            cache_updates(graph)
         for node, weight in _weights(graph.graph):
             rule = recipe.rule_for(part, weight.name or "")
             if node.op_type == "MatMul" and rule.method in CODES:
@@ -140,8 +143,8 @@ def _segment_stage(stage: Callable[[str], None], part: str) -> Callable[[int, in
 
 def _looks(recipe: Recipe, part: str, graph: ir.Model) -> bool:
     """Whether the recipe calibrates something in a part."""
-    cached = recipe.kv_cache != "float" and any((v.name or "").startswith("past_key_values.") for v in graph.graph.inputs)
-    return cached or any(recipe.rule_for(part, name).calibrated for name in quantizable(graph, linear=True))
+    cached = recipe.kv_cache != "float" and cache_inputs(graph)
+    return bool(cached) or any(recipe.rule_for(part, name).calibrated for name in quantizable(graph, linear=True))
 
 
 def quantizable(model: ir.Model, *, linear: bool = False) -> list[str]:
@@ -192,10 +195,8 @@ def quantize_graph(model: ir.Model, part: str, recipe: Recipe, prepared: Prepare
                 from .w8a8 import quantize_input
 
                 quantize_input(graph, node, prepared.activations[node.name or ""])
-    if prepared and prepared.caches:
-        from .kv_cache import quantize_kv_cache
-
-        quantize_kv_cache(model, prepared.caches)
+    if recipe.kv_cache != "float" and cache_inputs(model):
+        quantize_kv_cache(model, prepared.caches if prepared else {})
     for value in list(graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[value.name]  # type: ignore[arg-type]

@@ -24,5 +24,5 @@ def smooth_factors(peak: np.ndarray, weights: Sequence[np.ndarray], share: float
     heavy = np.maximum(heavy, 1e-5 * max(float(heavy.max()), 1e-30))
     factors = peak ** np.float32(share) / heavy ** np.float32(1 - share)
     # Their middle is 1: a constant common to all would change nothing but the range of a float16 norm.
-    factors /= np.sqrt(factors.max() * factors.min())
+    factors /= np.sqrt(factors.max()) * np.sqrt(factors.min())
     return np.clip(factors, 1e-4, 1e4).astype(np.float32)

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import OutputError
-from ..evaluation.plots import Point, draw_scatter
+from ..evaluation.plots import Panel, draw_rows
 from ..quant.recipe import Recipe
 from .run import ANSWER, Step, Tuned
 
@@ -38,7 +39,7 @@ def write_tuned(tuned: Tuned, folder: Path) -> tuple[Path, Path, Path]:
     texts = recipe_to_toml(tuned.recipe, describe_tuned(tuned)), json.dumps(_as_json(tuned), indent=2) + "\n", _page(tuned)
     for path, text in zip(paths, texts, strict=True):
         try:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="replace")
         except OSError as exc:
             raise OutputError(f"{path} cannot be written: {exc.strerror}.") from exc
     return paths
@@ -50,12 +51,25 @@ def describe_tuned(tuned: Tuned) -> str:
     if tuned.chosen is None:
         return f"Nothing can be changed within {tuned.max_drop:g} points of float on {asked}: everything stays float."
     chosen, (low, high) = tuned.chosen, tuned.chosen.interval
-    spread = f" (95 %: {low:.1f} to {high:.1f})" if math.isfinite(low + high) else ""
-    return (
-        f"{tuned.metric} {chosen.score:.1f} on {asked}, {chosen.drop:.1f} points{spread} below float; allowed were "
-        f"{tuned.max_drop:g}.\nWeights take {chosen.size / 1e6:,.2f} MB, {_share(chosen.size, tuned.size)} of float; an answer "
-        f"of {ANSWER} tokens {chosen.latency:,.1f} ms, {_share(chosen.latency, chosen.float_latency)} of float."
-    )
+    lines = [
+        f"Weights of {chosen.size / 1e6:,.2f} MB, {_share(chosen.size, tuned.size)} of float's; an answer of {ANSWER} tokens "
+        f"in {chosen.latency:,.1f} ms, {_share(chosen.latency, chosen.float_latency)} of float's.",
+        f"{tuned.metric} {chosen.score:.1f} on {asked}, a drop of {_plain(chosen.drop)}"
+        + (f" (95 % from {_signed(low)} to {_signed(high)})" if math.isfinite(low + high) else "")
+        + f"; {tuned.max_drop:g} was allowed.",
+    ]
+    if high > tuned.max_drop:
+        lines.append("These questions do not rule out a drop above the limit; more of them would tell more.")
+    return "\n".join(lines)
+
+
+def _plain(value: float) -> str:
+    return _signed(value).removeprefix("+")
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _share(part: float, whole: float) -> str:
@@ -80,12 +94,7 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------- tables
 
-_COLUMNS = ("step", "score", "drop", "95 %", "worse", "better", "MB", "first token ms", "tokens/s", "answer ms")
-
-
-def _rows(tuned: Tuned) -> list[tuple[str, ...]]:
-    """Cells of every step, the combinations last."""
-    return [_cells(step) for step in (*tuned.steps, *tuned.combined)]
+_COLUMNS = ("step", "score", "drop", "95 %", "worse", "better", "MB", "first token, ms", "tokens/s", "answer, ms", "float's")
 
 
 def _cells(step: Step) -> tuple[str, ...]:
@@ -93,10 +102,25 @@ def _cells(step: Step) -> tuple[str, ...]:
         return (step.name, *[""] * (len(_COLUMNS) - 2), "not possible")
     low, high = step.interval
     return (
-        step.name, f"{step.score:.1f}", f"{step.drop:+.1f}", f"{low:+.1f} … {high:+.1f}" if math.isfinite(low + high) else "–",
-        str(step.lost), str(step.won), f"{step.size / 1e6:,.2f}", f"{step.first_token:,.1f}", f"{step.tokens_per_second:,.0f}",
-        f"{step.latency:,.1f} of {step.float_latency:,.1f}",
+        step.name, f"{step.score:.1f}", _signed(step.drop),
+        f"{_signed(low)} to {_signed(high)}" if math.isfinite(low + high) else "–", f"{step.lost:,}", f"{step.won:,}",
+        f"{step.size / 1e6:,.2f}", f"{step.first_token:,.1f}", f"{step.tokens_per_second:,.0f}", f"{step.latency:,.1f}",
+        f"{step.float_latency:,.1f}",
     )  # fmt: skip
+
+
+def _all_steps(tuned: Tuned) -> list[Step]:
+    """The combinations last."""
+    return [*tuned.steps, *tuned.combined]
+
+
+def _impossible(tuned: Tuned) -> dict[str, list[str]]:
+    """Names of the steps that could not be made, by the reason."""
+    found: dict[str, list[str]] = {}
+    for step in _all_steps(tuned):
+        if step.error:
+            found.setdefault(step.error, []).append(step.name)
+    return found
 
 
 def print_tuned(tuned: Tuned, console: Any) -> None:
@@ -108,65 +132,107 @@ def print_tuned(tuned: Tuned, console: Any) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title=escape(title), title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "step" else "right")
-    chosen = (*tuned.steps, *tuned.combined).index(tuned.chosen) if tuned.chosen else -1
-    for number, cells in enumerate(_rows(tuned)):
-        table.add_row(*map(escape, cells), style="bold" if number == chosen else None)
-    console.print(table, "", escape(describe_tuned(tuned)))
+    for step in _all_steps(tuned):
+        table.add_row(*map(escape, _cells(step)), style="bold" if step is tuned.chosen else None)
+    console.print(table)
+    for reason, names in _impossible(tuned).items():
+        console.print(escape(f"Not possible: {'; '.join(names)}. {reason}"), style="dim", highlight=False)
+    console.print()
+    console.print(escape(describe_tuned(tuned)), highlight=False)
 
+
+# ----------------------------------------------------------------------------------------------------- page
 
 _STYLE = """
-:root { color-scheme: light dark; --quiet: #777; --bundle: #1f6fb2; --torch: #c2571a }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right }
-td:first-child, th:first-child { text-align: left }
-tr:nth-child(even) td { background: #8881 } tr.chosen td { font-weight: bold }
-pre { background: #8881; padding: 1em; overflow: auto }
-svg { max-width: 100%; height: auto }
+tr.chosen td, tr.chosen th { background: var(--panel); font-weight: 700; }
+tbody th { font-weight: normal; white-space: nowrap; max-width: none; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.8rem 1rem; overflow: auto; }
+figure svg { min-width: 46rem; max-width: 60rem; }
 """
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def _page(tuned: Tuned) -> str:
+    style = (Path(__file__).parent.parent / "assets" / "evaluation" / "report.css").read_text(encoding="utf-8")
+    said, name = html.escape, html.escape(tuned.source)
+    parts = [
+        f"<p>{said(tuned.suite)}, {tuned.questions:,} questions. Float: {said(tuned.metric)} {tuned.score:.1f}, "
+        f"{tuned.size / 1e6:,.2f} MB. Target: {tuned.target}.</p>",
+        f"<p><strong>{said(describe_tuned(tuned)).replace(chr(10), '<br>')}</strong></p>",
+        _figure(tuned),
+        "<h2 id='steps'>Steps</h2>",
+        "<p>Each changes one group of the float model's weights; the last ones combine them. A drop is in points, on the same "
+        "questions as float; worse and better count questions.</p>",
+        _table(tuned),
+        *(
+            f"<p class='quiet'>Not possible: {said('; '.join(names))}. {said(why)}</p>"
+            for why, names in _impossible(tuned).items()
+        ),
+        "<h2>Order of the changes</h2>" + _moves(tuned),
+        f"<h2>Recipe</h2><pre>{said(recipe_to_toml(tuned.recipe))}</pre>",
+    ]
+    return (
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="color-scheme" content="light dark">'
+        f"<title>Tuning of {name}</title><style>{style}{_STYLE}</style></head>\n"
+        f"<body><header><h1>Tuning of {name}</h1></header>\n"
+        + "\n".join(["<main>", *parts, "</main>"])
+        + f"\n<footer><p class='quiet'>Made by EdgeVLM {__version__}. This page fetches nothing.</p></footer></body></html>\n"
+    )
+
+
+def _table(tuned: Tuned) -> str:
+    head = "".join(f"<th scope='col'{_right(number)}>{column}</th>" for number, column in enumerate(_COLUMNS))
     rows = []
-    for step, cells in zip((*tuned.steps, *tuned.combined), _rows(tuned), strict=True):
-        mark = ' class="chosen"' if step is tuned.chosen else ""
-        told = f' title="{html.escape(step.error)}"' if step.error else ""
-        rows.append(f"<tr{mark}{told}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    moves = "".join(
+    for step in _all_steps(tuned):
+        first, *rest = map(html.escape, _cells(step))
+        mark = " class='chosen'" if step is tuned.chosen else ""
+        cells = "".join(f"<td class='number'>{cell}</td>" for cell in rest)
+        rows.append(f"<tr{mark}><th scope='row'>{first}</th>{cells}</tr>")
+    return (
+        "<div class='wide' role='region' aria-labelledby='steps' tabindex='0'><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _right(column: int) -> str:
+    return " class='number'" if column else ""
+
+
+def _moves(tuned: Tuned) -> str:
+    if not tuned.moves:
+        return "<p>No change saves anything.</p>"
+    entries = "".join(
         f"<li>{html.escape(move.group)} as {html.escape(move.candidate)}: saves {_amount(move.saved, tuned.target)} for "
-        f"{move.cost:.2f} points</li>"
+        f"{_plain(move.cost)} points</li>"
         for move in tuned.moves
     )
-    summary = html.escape(describe_tuned(tuned)).replace("\n", "<br>")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Tuning of {html.escape(tuned.source)}</title><style>{_STYLE}</style></head><body>
-<h1>Tuning of {html.escape(tuned.source)}</h1>
-<p>{html.escape(tuned.suite)}, {tuned.questions:,} questions. Float: {html.escape(tuned.metric)} {tuned.score:.1f},
-{tuned.size / 1e6:,.2f} MB. Target: {tuned.target}.</p>
-<p><b>{summary}</b></p>
-{_plot(tuned)}
-<h2>Steps</h2>
-<p>Each changes one group of the float model's weights; the last ones combine. Drops are points lost on the same questions.</p>
-<table><tr>{"".join(f"<th>{column}</th>" for column in _COLUMNS)}</tr>
-{chr(10).join(rows)}</table>
-<h2>Order of the changes</h2><p>By what they save for a lost point.</p><ol>{moves}</ol>
-<h2>Recipe</h2><pre>{html.escape(recipe_to_toml(tuned.recipe))}</pre>
-</body></html>
-"""
+    return f"<p>By what they save for a lost point, each on top of those before.</p><ol>{entries}</ol>"
 
 
 def _amount(saved: float, target: str) -> str:
     return f"{saved:,.1f} ms" if target == "latency" else f"{saved / 1e6:,.2f} MB"
 
 
-def _plot(tuned: Tuned) -> str:
-    """What every step saves against what it loses."""
-    steps = [(step, "bundle") for step in tuned.steps if not step.error] + [(s, "torch") for s in tuned.combined if not s.error]
+def _figure(tuned: Tuned) -> str:
+    """What every step loses and saves."""
+    steps = [step for step in _all_steps(tuned) if not step.error]
     if not steps:
         return ""
     latency = tuned.target == "latency"
-    points = [
-        Point(step.name, step.faster if latency else (tuned.size - step.size) / 1e6, step.drop, kind) for step, kind in steps
-    ]
-    saved = f"saved in an answer of {ANSWER} tokens, ms" if latency else "saved, MB"
-    return draw_scatter(points, saved, "points lost", title="What every step saves and loses", name="steps")
+    saved = [step.faster if latency else (tuned.size - step.size) / 1e6 for step in steps]
+    svg = draw_rows(
+        [step.name for step in steps],
+        ["bundle" if step.group else "torch" for step in steps],
+        [
+            Panel("points lost", [step.drop for step in steps], [step.interval for step in steps], limit=tuned.max_drop),
+            Panel(f"saved in an answer of {ANSWER} tokens, ms" if latency else "saved, MB", saved, bars=True),
+        ],
+        title="What every step loses and saves; the table has the numbers.", name="cost",
+    )  # fmt: skip
+    return (
+        "<figure><div class='wide' role='region' aria-label='Plot: what every step loses and saves' tabindex='0'>"
+        f"{svg}</div><figcaption>Blue: one group changed. Orange: several together. Bars beside a point are 95 % intervals, "
+        f"the dashed line is the limit of {tuned.max_drop:g}.</figcaption></figure>"
+    )

@@ -18,6 +18,7 @@ A step that ended is never done again, also with another limit or target; one th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -367,7 +368,8 @@ class _Record:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk: what could not be written was told when it was
+            self._file.close()
 
     def find(self, recipe: Recipe) -> Step | None:
         return self.steps.get(_digest(recipe))
@@ -392,10 +394,12 @@ class _Record:
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
-        if not whole:
+        lines = [self._parse(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if not lines or (len(lines) == 1 and self._is_unused(lines[0], identity)):
+            self._file.truncate(0)
             self._write(identity)
             return
-        first, *rest = (self._parse(number, line) for number, line in enumerate(whole.splitlines(), 1))
+        first, *rest = lines
         if different := [name for name in {**identity, **first} if identity.get(name) != first.get(name)]:
             raise OutputError(
                 f"{self.path} has steps that were measured with another {_listed(different)}. Give another --output, "
@@ -407,6 +411,12 @@ class _Record:
                 self.steps[str(key)] = Step(**(entry | {"interval": tuple(entry["interval"])}))
             except (TypeError, KeyError) as exc:
                 raise self._damaged(number) from exc
+
+    def _is_unused(self, first: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+        """Whether a record without a step may become another one. Answers say themselves whose they are; a float bundle does
+        not."""
+        same = first.get("source") == identity["source"] or not (self.path.parent / "float").exists()
+        return first.get("format") == FORMAT and same
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from edgevlm.errors import InputError, MissingDependencyError, OutputError
 from edgevlm.evaluation import plots, report
-from edgevlm.evaluation.plots import Point, draw_scatter
+from edgevlm.evaluation.plots import Panel, Point, draw_rows, draw_scatter
 from edgevlm.evaluation.records import Answer, Item, Outcome, Picture, Subject
 from edgevlm.evaluation.report import describe_comparison, print_table, summarize, write_html, write_json
 from edgevlm.scenes import sample_scene
@@ -225,6 +225,18 @@ def test_nothing_changed(tmp_path: Path) -> None:
     assert "b: no difference from a is shown" in found.text
     assert "Every one of 12 questions has the same score." in found.text
     assert found.all("script") == found.all("img") == []
+
+
+def test_an_interval_that_contradicts_its_test_is_explained(tmp_path: Path) -> None:
+    items = make_items(400, shared=8)
+    outcomes = [make_outcome("float", items), make_outcome("int3", items, {f"q{i}": "wrong" for i in range(0, 200, 40)})]
+    said = "An interval that leaves out 0 is no verdict"
+    comparison = summarize(outcomes, items).comparisons[0]
+    assert comparison.interval.high < 0
+    assert not comparison.significant
+    assert said in page(outcomes, items, tmp_path).text
+    assert said in printed(outcomes, items, width=400)
+    assert said not in printed([outcomes[0], make_outcome("int8", items)], items, width=400)
 
 
 def test_one_subject(tmp_path: Path) -> None:
@@ -432,6 +444,35 @@ def test_a_plot_takes_the_pages_colours_and_keeps_its_names_to_itself() -> None:
     assert not re.search(r"#0[1-4]0[1-4]0[1-4]|http|xmlns|<style|font-family", svg)
     assert all(name.startswith("size-") for name in re.findall(r'\bid="([^"]+)"', svg))
     svg.encode("utf-8")
+
+
+def test_lines_to_names_of_one_height_do_not_cross() -> None:
+    points = [Point(str(i), x, 50.0) for i, x in enumerate((3.0, 1.0, 2.0, 5.0, 4.0))]
+    places = [0.3, 0.4, 0.5, 0.6, 0.7]
+    order = plots._uncrossed([4, 3, 2, 1, 0], points, [0.5] * 5, places)
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    lines = [((points[i].x, 0.5), (6.0, place)) for i, place in zip(order, places, strict=True)]
+    for ((x1, y1), (x2, y2)), ((u1, v1), (u2, v2)) in itertools.combinations(lines, 2):
+        for x in np.linspace(max(x1, u1) + 0.01, 5.99, 50):
+            here = y1 + (x - x1) / (x2 - x1) * (y2 - y1)
+            there = v1 + (x - u1) / (u2 - u1) * (v2 - v1)
+            assert (here - there) * (y2 - v2) > 0 or abs(here - there) < 1e-9
+    assert plots._uncrossed([1, 0], [Point("a", 1, 60.0), Point("b", 2, 50.0)], [0.1, 0.9], [0.1, 0.9]) == [1, 0]
+
+
+def test_rows_are_drawn_in_order_with_their_names_in_full() -> None:
+    labels = [f"a group of a rather long name, number {i}" for i in range(30)]
+    panels = [
+        Panel("points lost", [float(i) for i in range(29)] + [math.nan], [(i - 1.0, i + 1.0) for i in range(30)], limit=1.0),
+        Panel("saved", [0.0] * 30, bars=True),
+    ]
+    svg = draw_rows(labels, ["bundle"] * 29 + ["torch"], panels, title="<rows>", name="cost")
+    assert re.findall(r">(a group[^<]*)<", svg) == labels
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>a group', svg)]
+    assert heights == sorted(heights)
+    assert "points lost" in svg
+    assert "var(--bundle)" in svg
+    assert not re.search(r"#0[1-4]0[1-4]0[1-4]|http|xmlns|<style|font-family|nan", svg)
 
 
 @pytest.mark.parametrize("count", [1, 2, 12, 30])

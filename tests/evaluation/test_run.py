@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -166,8 +167,9 @@ def test_answers_are_as_long_as_the_suite_says(bundle: Path, tmp_path: Path, par
     parrots()
     evaluate([str(bundle)], SCENES, tmp_path)
     assert lines(tmp_path / "scenes" / f"{bundle.name}.jsonl")[0]["settings"]["max_new_tokens"] == 48
-    with pytest.raises(InputError, match="max_new_tokens is -1"):
-        evaluate([str(bundle)], SCENES, tmp_path, Settings(-1))
+    for number in (-1, 0):
+        with pytest.raises(InputError, match=f"max_new_tokens is {number}"):
+            evaluate([str(bundle)], SCENES, tmp_path, Settings(number))
 
 
 # -------------------------------------------------------------------------------------------- what is left
@@ -235,6 +237,17 @@ def test_other_settings_are_not_mixed(two: list[str], tmp_path: Path, parrots: A
     evaluate(two[:1], SCENES, tmp_path, SETTINGS)
     said = mixed(two[:1], tmp_path, settings=replace(SETTINGS, max_new_tokens=9, capacity=64))
     assert "(capacity None, now 64, max_new_tokens 4, now 9)" in said
+
+
+def test_settings_that_failed_can_be_put_right(two: list[str], tmp_path: Path, parrots: Any) -> None:
+    """Where no question was answered yet there is nothing to mix."""
+    parrots(0, InputError("no such backend"))
+    with pytest.raises(InputError, match="no such backend"):
+        evaluate(two[:1], SCENES, tmp_path, replace(SETTINGS, backend="tpu"))
+    asked = parrots()
+    evaluate(two[:1], SCENES, tmp_path, SETTINGS)
+    assert len(asked) == 16
+    assert lines(tmp_path / "scenes" / "float.jsonl")[0]["settings"]["backend"] is None
 
 
 def own(folder: Path, **changes: Any) -> SuiteSpec:
@@ -307,6 +320,25 @@ def test_where_nothing_can_be_written(two: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         evaluate(two[:1], SCENES, tmp_path / "file", SETTINGS)
+
+
+def test_a_full_disk(two: list[str], tmp_path: Path, parrots: Any) -> None:
+    """What was written whole is kept, and the same command goes on with it."""
+    parrots()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+        with pytest.raises(OutputError, match=r"float\.jsonl cannot be written: File too large"):
+            evaluate(two[:1], SCENES, tmp_path, SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    path = tmp_path / "scenes" / "float.jsonl"
+    kept = path.read_bytes().rpartition(b"\n")[0].splitlines()[1:]
+    assert 1 < len(kept) < 16
+    asked = parrots()
+    _, (outcome,) = evaluate(two[:1], SCENES, tmp_path, SETTINGS)
+    assert len(asked) == 16 - len(kept)
+    assert len(outcome.scores) == len(lines(path)) - 1 == 16
 
 
 def test_bad_input_is_told_before_any_model_is_loaded(two: list[str], tmp_path: Path, parrots: Any) -> None:

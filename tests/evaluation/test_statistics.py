@@ -22,6 +22,7 @@ from edgevlm.evaluation.statistics import (
     compare_with_first,
     group_by_picture,
     mean_interval,
+    top_score,
 )
 from edgevlm.scenes import sample_scene
 
@@ -104,6 +105,17 @@ def test_cider_of_nothing_right_is_no_share_of_right_answers() -> None:
     scores = named([0.0] * 50)
     assert mean_interval(scores, alone(scores), top=10.0).method == "none"
     assert mean_interval(scores, alone(scores)).method == "Clopper-Pearson"
+
+
+def test_cider_is_not_taken_for_right_and_wrong() -> None:
+    """Where all captions score nothing, the scores look like those of wrong answers."""
+    nothing = [
+        Outcome(Subject(name, name, "bundle", 1), "s", {}, named([0.0] * 50), {"CIDEr": 0.0}) for name in ("first", "second")
+    ]
+    found = compare_outcomes(*nothing, alone(nothing[0].scores))
+    assert (found.mcnemar, found.interval.method, found.difference, found.p) == (None, "none", 0.0, 1.0)
+    assert top_score(nothing[0]) == 10.0
+    assert top_score(outcome("a", {})) == 1.0
 
 
 def test_an_interval_of_few_graded_questions_is_students_and_stays_on_the_scale() -> None:

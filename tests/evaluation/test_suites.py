@@ -371,6 +371,17 @@ def test_options_that_a_suite_does_not_have(tmp_path: Path) -> None:
     assert "no option --annotations, --split." in refused(file, annotations="x", split="validation")
 
 
+def test_what_is_no_picture_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "good.png")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "nothing.png").write_bytes(b"")
+    entries = [{"image": name, "question": "?", "answer": "a"} for name in ("good.png", "page.jpg", "nothing.png", "page.jpg")]
+    said = refused(write_lines(tmp_path / "q.jsonl", *entries))
+    assert said.startswith(f"2 of the 3 pictures of q are none that Pillow can read: {tmp_path / 'page.jpg'}, ")
+    assert "good.png" not in said
+    assert "take their questions out" in said
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\r\n"])
 def test_empty_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "q.jsonl").write_bytes(content)

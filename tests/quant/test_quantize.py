@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import load, logits_of, picture
 
 pytest.importorskip("torch")
 import onnx
 import onnxruntime as ort
 
 from edgevlm.bundle import Bundle
-from edgevlm.errors import BundleError, IntegrityError, OutputError, RecipeError
+from edgevlm.calibration import CalibrationSet, Sample, load_calibration
+from edgevlm.errors import BundleError, CalibrationError, IntegrityError, OutputError, RecipeError
 from edgevlm.quant import quantize
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.quant.recipe import Recipe, Rule
@@ -29,7 +31,7 @@ from edgevlm.runtimes import open_part
 MIXED = Recipe(
     "mixed",
     (
-        Rule("float", "embed_tokens"), Rule("int4", "decoder", "*.self_attn.*", 64), Rule("int4", "decoder", "*.mlp.*", 16),
+        Rule("float", "embed_tokens"), Rule("int4", "decoder", "*.self_attn.*", 32), Rule("int4", "decoder", "*.mlp.*", 16),
         Rule("int8", "vision_encoder", "*.mlp.*"),
     ),
 )  # fmt: skip
@@ -128,11 +130,11 @@ def test_recipes_reach_the_weights_they_name(quantized: Callable[..., Path]) -> 
     layers = [f"language_model.layers.{i}" for i in range(2)]
     attention = [f"{layer}.self_attn.{p}_proj.weight" for layer in layers for p in "qkvo"]
     mlp = [f"{layer}.mlp.{p}_proj.weight" for layer in layers for p in ("gate", "up", "down")]
-    table = "language_model.embed_tokens.weight.int8"
+    table = "language_model.embed_tokens.weight.rows.int8"
     int4, int8, mixed = (quantized("clip-llama", recipe) for recipe in ("int4", "int8", MIXED))
     assert methods(int4, "decoder") == {f"{w}.int4": 32 for w in attention + mlp} | {"lm_head.weight.int8": 0}
     assert methods(int8, "decoder") == {f"{w}.int8": 0 for w in [*attention, *mlp, "lm_head.weight"]}
-    assert methods(mixed, "decoder") == {f"{w}.int4": 64 for w in attention} | {f"{w}.int4": 16 for w in mlp}
+    assert methods(mixed, "decoder") == {f"{w}.int4": 32 for w in attention} | {f"{w}.int4": 16 for w in mlp}
     assert methods(int4, "embed_tokens") == methods(int8, "embed_tokens") == {table: -1}
     assert methods(mixed, "embed_tokens") == methods(mixed, "projector") == {}
     vision = methods(mixed, "vision_encoder")
@@ -260,17 +262,111 @@ def test_a_bundle_may_replace_itself(bundle: Path, quantized: Callable[..., Path
     assert contents(replaced) == contents(quantized("clip-llama", "int4"))
 
 
+# ------------------------------------------------------------------------------------- nothing is left behind
+
+
+def few() -> CalibrationSet:
+    return load_calibration(samples=2)
+
+
+STAGES = [
+    "running the calibration samples", "calibrating vision_encoder", "quantizing vision_encoder", "quantizing embed_tokens",
+    "calibrating decoder", "quantizing decoder",
+]  # fmt: skip
+EVERYTHING = Recipe("everything", (Rule("w8a8", "vision_encoder"), Rule("int4", "decoder", algorithm="awq-gptq")), "int8")
+
+
+@pytest.mark.parametrize("moment", STAGES)
+def test_interrupted_while_it_calibrates(bundle: Path, tmp_path: Path, moment: str) -> None:
+    told: list[str] = []
+
+    def stage(what: str) -> None:
+        told.append(what)
+        if what == moment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_bundle(bundle, tmp_path / "out", EVERYTHING, calibration=few(), stage=stage)
+    assert os.listdir(tmp_path) == []
+    assert [what for what in told if what in STAGES] == STAGES[: STAGES.index(moment) + 1]
+
+
+def test_interrupted_while_it_writes(bundle: Path, tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def progress(*step: Any) -> None:
+        seen.append(step)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_bundle(bundle, tmp_path / "out", EVERYTHING, calibration=few(), progress=progress)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("after", [0, 5, 20])
+def test_full_disk_while_it_calibrates(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    put, count = quantize.Shelf.put, 0
+
+    def fills(shelf: Any, array: np.ndarray) -> Any:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(shelf, array)
+
+    monkeypatch.setattr(quantize.Shelf, "put", fills)
+    with pytest.raises(OutputError, match=r"^The disk is full: writing .*out stopped with .* Nothing was left behind;"):
+        quantize_bundle(bundle, tmp_path / "out", EVERYTHING, calibration=few())
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_sample_reaches_a_part(bundle: Path, tmp_path: Path) -> None:
+    blind = CalibrationSet("mine", [Sample([], "Hello", "world")], 0)
+    with pytest.raises(CalibrationError, match=r"^No calibration sample reached the part vision_encoder"):
+        quantize_bundle(bundle, tmp_path / "out", EVERYTHING, calibration=blind)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------- caches of eight bits
+
+
+@pytest.mark.parametrize("rules", [(Rule("float"),), (Rule("int4", "decoder", algorithm="awq"),)], ids=["float", "awq"])
+@pytest.mark.parametrize("name", ["clip-llama", "blip2-opt-350m", "qwen2.5-vl-windows"])
+def test_cache_of_eight_bits(
+    tiny: Callable[[str], Any], name: str, rules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same model with a float cache, whatever its weights are, answers nearly alike."""
+    bundle, found = tiny(name).bundle, {}
+    for cache in ("float", "int8"):
+        quantize_bundle(bundle, tmp_path / cache, Recipe("r", rules, cache), calibration=load_calibration(samples=6))
+        tokens = iter([7, 11, 19, 23, 5, 8])
+        monkeypatch.setattr("edgevlm.vlm.choose_token", lambda *_, tokens=tokens: next(tokens))
+        vlm = load(tmp_path / cache)
+        _, found[cache] = logits_of(vlm, prompt="How many cubes?", images=[picture(5)], max_new_tokens=6)
+    manifest, floats = (Bundle.open(tmp_path / cache).manifest for cache in ("int8", "float"))
+    assert (manifest.kv_cache.dtype, floats.kv_cache.dtype) == ("int8", "float32")
+    assert manifest.kv_cache.bytes_per_token() * 4 == floats.kv_cache.bytes_per_token()
+    assert (manifest.recipe or {})["kv_cache"] == "int8"
+    assert found["int8"].shape == found["float"].shape
+    error = np.linalg.norm(found["int8"] - found["float"], axis=1) / np.linalg.norm(found["float"], axis=1)
+    assert (error > 0).all()
+    assert (error < 0.08).all(), error
+
+
 WITHOUT_TORCH = """
 import sys
 
+recipe, *more = sys.argv[3:]
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnxscript", "safetensors", "huggingface_hub", "onnxruntime"}:
+        if name.split(".")[0] in {"torch", "transformers", "onnxscript", "safetensors", "huggingface_hub", *more}:
             raise ModuleNotFoundError(f"{name} is not for the robot", name=name)
 
 sys.meta_path.insert(0, Blocked())
 from edgevlm.quant.quantize import quantize_bundle
-quantize_bundle(sys.argv[1], sys.argv[2], "int4")
+quantize_bundle(sys.argv[1], sys.argv[2], recipe)
 assert "torch" not in sys.modules
 """
 
@@ -301,12 +397,15 @@ assert os.listdir(output.parent) == [output.name], os.listdir(output.parent)
 """
 
 
-def test_quantizing_needs_no_torch(bundle: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(bundle), str(tmp_path / "out")], capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.parametrize("asked", [("int4-rtn", "onnxruntime"), ("int4",)], ids=" without ".join)
+def test_quantizing_needs_no_torch(
+    bundle: Path, quantized: Callable[..., Path], asked: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Nor a runtime, unless it calibrates."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(bundle), str(tmp_path / "out"), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(quantized("clip-llama", "int4"))
+    assert contents(tmp_path / "out") == contents(quantized("clip-llama", asked[0]))
 
 
 def test_killed_at_any_moment(bundle: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
