@@ -1,7 +1,7 @@
 """The command line: arguments in, library calls, tables and exit codes out. It computes nothing itself.
 
-Exit codes: 0 done; 1 `verify` found a limit missed; 2 the request cannot be served as it stands (the text says what to
-do); 3 a bug in EdgeVLM; 130 interrupted.
+Exit codes: 0 done; 1 `verify` found a limit missed, or `plan` that it does not fit; 2 the request cannot be served as it stands
+(the text says what to do); 3 a bug in EdgeVLM; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -225,6 +225,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps, recipe.toml, its bundle and tune.html; a later run with the same goes on (default: build/tune)",
     )  # fmt: skip
     sub.add_argument("--force", action="store_true", help="throw away the steps that are there, and begin anew")
+
+    sub = command("plan", _plan, "Predict memory and speed on a device, from configuration files or a bundle's manifest.")
+    sub.add_argument("model", metavar="MODEL|BUNDLE", help="a bundle, or a model as for export --model; weights are not needed")
+    sub.add_argument("--target", metavar="T", help="a device (orin-nano-8gb, rtx-4090, …) or local (default: local)")
+    sub.add_argument("--all-targets", action="store_true", help="a table of all devices instead")
+    sub.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (default: 4096 at most)")
+    sub.add_argument("--images", type=int, default=1, metavar="N", help="pictures in the prompt (default: 1)")
+    sub.add_argument("--resolution", metavar="WxH", help="their size in pixels, for models that take any (default: 1280x960)")
+    sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture may take")
+    sub.add_argument("--recipe", metavar="R", help=f"{recipes}, float, or a recipe file (default: float)")
+    sub.add_argument("--kv-cache", choices=("float", "int8"), help="what keys and values are kept in (default: the recipe's)")
+    sub.add_argument("--dtype", choices=("fp32", "fp16"), help="what it computes in (default: fp16; on local, fp32)")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against context (.png, .svg, .pdf)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("inspect", _inspect, "Show what is in a bundle.")
     sub.add_argument("bundle", type=Path)
@@ -524,6 +538,41 @@ def _print_weights(bundle: Bundle, *, as_json: bool) -> int:
         for weight in weights:
             print(f"{part:{wide}}  {weight['kind']:6}  {' x '.join(map(str, weight['shape'])):14}  {weight['name']}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .plan.advice import Request
+    from .plan.outline import is_bundle
+    from .plan.report import plan_record, plot_memory, print_plan, print_targets
+    from .plan.run import outline_model, parse_resolution, plan, plan_targets
+    from .targets import LOCAL, find_target, load_targets, local_target
+
+    if arguments.all_targets and (arguments.target or arguments.plot):
+        raise InputError("--all-targets is about all of them; give no --target or --plot with it.")
+    resolution = parse_resolution(arguments.resolution)
+    name = arguments.target or LOCAL
+    target = local_target(measure=True) if name == LOCAL else find_target(name)
+    dtype = arguments.dtype or ("fp32" if target.kind == LOCAL and not arguments.all_targets else "fp16")
+    needed = contextlib.nullcontext() if is_bundle(Path(arguments.model).expanduser()) else _extra("export")
+    with needed:
+        outline = outline_model(arguments.model, recipe=arguments.recipe, kv_cache=arguments.kv_cache, dtype=dtype)
+    context = min(outline.manifest.context_length, 4096) if arguments.context is None else arguments.context
+    request = Request(context, arguments.images, resolution, arguments.visual_tokens)
+    if arguments.all_targets:
+        plans = plan_targets(outline, [*load_targets().values()], request)
+        if arguments.json:
+            print(json.dumps([plan_record(made) for made in plans], indent=2))
+        else:
+            print_targets(plans, make_console())
+        return 0 if any(made.memory.fits for made in plans) else 1
+    made = plan(outline, target, request)
+    if arguments.plot:
+        plot_memory(made, arguments.plot)
+    if arguments.json:
+        print(json.dumps(plan_record(made), indent=2))
+    else:
+        print_plan(made, make_console())
+    return 0 if made.memory.fits else 1
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -53,6 +53,9 @@ MAY_IMPORT = {
     "prompt": {"errors"},
     "vlm": {"boxes", "bundle", "errors", "generate", "images", "models", "prompt", "runtimes"},
     "speed": {"scenes", "vlm"},
+    "targets": {"errors"},
+    # What a model weighs is found as the export finds it, without weights.
+    "plan": {"bundle", "errors", "export", "generate", "images", "models", "quant", "targets"},
     "tune": {
         "__version__",
         "bundle",

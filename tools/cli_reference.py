@@ -28,7 +28,7 @@ def reference() -> str:
         "| code | meaning |",
         "|---|---|",
         "| 0 | done |",
-        "| 1 | `verify`: a limit was missed; the table says where |",
+        "| 1 | `verify`: a limit was missed, the table says where; `plan`: it does not fit |",
         "| 2 | the request cannot be served as it stands; the text says what to do |",
         "| 3 | a bug in EdgeVLM; `--debug` shows where |",
         "| 130 | interrupted with Ctrl-C; nothing was left but `eval`'s answers, `tune`'s steps, `build`'s whole engines |",

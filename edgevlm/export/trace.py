@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from ..models import PartSpec
 from ..models.decoder import ATTENTION
 
-__all__ = ["OPSET", "PARAMETER", "FakeModel", "build_fake", "trace_part"]
+__all__ = ["OPSET", "PARAMETER", "FakeModel", "build_fake", "one_node_each", "trace_part"]
 
 OPSET = 24
 #: Metadata of an initializer: the model's name of the parameter it holds.
@@ -108,7 +108,7 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_node_each(module: nn.Module) -> Iterator[None]:
+def one_node_each(module: nn.Module) -> Iterator[None]:
     """Replaces linear layers, RMS norms and rotary embeddings of transformers by their symbolic operators."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(nn.Linear, "forward", _linear))
@@ -153,7 +153,7 @@ def trace_part(fake: FakeModel, spec: PartSpec) -> ir.Model:
             torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=getattr(torch, dtype))
             for shape, dtype in spec.inputs.values()
         )
-    with torch.no_grad(), _one_node_each(spec.module), _quiet(), fake.mode:
+    with torch.no_grad(), one_node_each(spec.module), _quiet(), fake.mode:
         program = torch.onnx.export(
             spec.module.eval(), arguments, dynamo=True, optimize=False, verbose=False, opset_version=OPSET,
             dynamic_shapes=_dynamic_shapes(spec), input_names=list(spec.inputs), output_names=list(spec.outputs),
