@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,17 +106,20 @@ def _target(entry: Mapping[str, Any], sources: Mapping[str, Source]) -> Target:
     )
 
 
-def find_target(name: str) -> Target:
-    """A device by its id, or this machine (`local`). Raises InputError with the nearest ids and the list of all."""
+def find_target(name: str, *, besides: Sequence[str] = ()) -> Target:
+    """A device by its id, or this machine (`local`). Raises InputError with the nearest ids and the list of all, and of what
+    the caller takes `besides`."""
     if name == LOCAL:
         return local_target()
     targets = load_targets()
     if name in targets:
         return targets[name]
-    near = difflib.get_close_matches(name.lower(), [*targets, LOCAL], n=4, cutoff=0.5)
+    known = [LOCAL, *besides, *targets]
+    near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.5)
     near += [id for id in targets if name.lower().replace(" ", "-") in id and id not in near][:4]
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise InputError(f"The target {name!r} is not known.{meant} Known are {LOCAL} (this machine), {', '.join(targets)}.")
+    shown = ", ".join([f"{LOCAL} (this machine)", *besides, *targets])
+    raise InputError(f"The target {name!r} is not known.{meant} Known are {shown}.")
 
 
 def local_target(*, measure: bool = False) -> Target:

@@ -1,29 +1,16 @@
-"""What `--target` may be: which flavour of TensorRT builds for it, and for which compute capabilities."""
+"""What `edgevlm build --target` may be: a device of `targets.toml`, the GPU that is here, or all RTX cards at once; and which
+flavour of TensorRT builds for it, for which compute capabilities."""
 
 from __future__ import annotations
 
 import ctypes
-import difflib
 from dataclasses import dataclass
 
-from ..errors import EngineError, InputError
+from ..errors import EngineError
+from ..targets import LOCAL, find_target
 
 __all__ = ["BuildTarget", "LocalGPU", "build_target", "local_gpu"]
 
-_RTX = {
-    "sm75": ("rtx-2060", "rtx-2070", "rtx-2080", "rtx-2080-ti"),
-    "sm86": ("rtx-3050", "rtx-3060", "rtx-3070", "rtx-3080", "rtx-3090", "rtx-a2000", "rtx-a4000", "rtx-a5000", "rtx-a6000"),
-    "sm89": ("rtx-4050", "rtx-4060", "rtx-4070", "rtx-4080", "rtx-4090", "rtx-2000-ada", "rtx-4000-ada", "rtx-6000-ada"),
-    "sm120": ("rtx-5050", "rtx-5060", "rtx-5070", "rtx-5080", "rtx-5090", "rtx-pro-6000"),
-    "sm121": ("gb10",),
-}
-_JETSON = {
-    "sm87": (
-        "orin-nano-4gb", "orin-nano-8gb", "orin-nano-super-8gb", "orin-nx-8gb", "orin-nx-16gb", "agx-orin-32gb",
-        "agx-orin-64gb",
-    ),
-    "sm110": ("agx-thor",),
-}  # fmt: skip
 #: One plan for the RTX cards of three generations.
 _PORTABLE = {"rtx": ("sm86", "sm89", "sm120")}
 #: What TensorRT-RTX builds for without one of these being there.
@@ -64,13 +51,10 @@ def local_gpu() -> LocalGPU | None:
 
 def build_target(name: str) -> BuildTarget:
     """Raises InputError for an unknown name, EngineError where it is built elsewhere."""
-    for capability, names in _RTX.items():
-        if name in names:
-            return BuildTarget(name, "tensorrt-rtx", (capability,))
     if name in _PORTABLE:
         return BuildTarget(name, "tensorrt-rtx", _PORTABLE[name])
     gpu = local_gpu()
-    if name == "local":
+    if name == LOCAL:
         if gpu is None:
             raise EngineError(
                 "The target local is this machine's own GPU, and there is none (no driver, or no device). Engines for RTX "
@@ -78,15 +62,13 @@ def build_target(name: str) -> BuildTarget:
             )
         flavour = "tensorrt-rtx" if gpu.capability in _RTX_CAPABILITIES else "tensorrt"
         return BuildTarget(name, flavour, (gpu.capability,), gpu.name if flavour == "tensorrt" else "")
-    for capability, names in _JETSON.items():
-        if name in names:
-            if gpu is not None and gpu.capability != capability:
-                raise EngineError(
-                    f"The target {name} is {capability}, the GPU here is {gpu.name} ({gpu.capability}). Classic TensorRT "
-                    "builds for the GPU that it runs on: run `edgevlm build` on the Jetson."
-                )
-            return BuildTarget(name, "tensorrt", (capability,), gpu.name if gpu else "")
-    known = [n for group in (*_RTX.values(), *_JETSON.values(), _PORTABLE, ("local",)) for n in group]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise InputError(f"There is no target {name!r}.{hint} There are {', '.join(known)}.")
+    target = find_target(name, besides=tuple(_PORTABLE))
+    capability = f"sm{(target.compute_capability or '').replace('.', '')}"
+    if any(version.flavour == "tensorrt-rtx" for version in target.tensorrt):
+        return BuildTarget(name, "tensorrt-rtx", (capability,))
+    if gpu is not None and gpu.capability != capability:
+        raise EngineError(
+            f"The target {name} is {capability}, the GPU here is {gpu.name} ({gpu.capability}). Classic TensorRT builds for "
+            "the GPU that it runs on: run `edgevlm build` on the device itself."
+        )
+    return BuildTarget(name, "tensorrt", (capability,), gpu.name if gpu else "")

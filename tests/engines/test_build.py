@@ -371,7 +371,7 @@ def test_the_form_of_classic_tensorrt(
 
 def test_a_jetson_target_elsewhere(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgevlm.engines.target.local_gpu", lambda: LocalGPU("NVIDIA RTX 4090", "sm89"))
-    with pytest.raises(EngineError, match=r"orin-nx-16gb is sm87, the GPU here is NVIDIA RTX 4090 \(sm89\).*on the Jetson"):
+    with pytest.raises(EngineError, match=r"orin-nx-16gb is sm87, the GPU here is NVIDIA RTX 4090 \(sm89\).*on the device itself"):
         build_engines(small, "orin-nx-16gb")
 
 
@@ -404,7 +404,7 @@ def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.out.count("up to date") == 2
     assert out.err == ""
     assert main(["build", str(small), "--target", "rtx-4099"]) == 2
-    assert "There is no target 'rtx-4099'. Did you mean rtx-4090" in capsys.readouterr().err
+    assert "The target 'rtx-4099' is not known. Did you mean rtx-4090" in capsys.readouterr().err
 
 
 def test_the_record_says_all_that_decides(small: Path) -> None:
