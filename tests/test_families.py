@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import load, logits_of, picture
-from conftest import Tiny
+from tinies import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, LLAVAS, TinyBlip2, TinyFlamingo, TinyInstructBlip, TinyLlava, load_tiny
 from tiny_qwen2_vl import QWEN2_VLS, TinyQwen2VL
 from tiny_qwen_vl import QWEN_VLS, TinyQwenVL

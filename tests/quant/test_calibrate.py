@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import Tiny
 from recorded import folds_of, graphs_of, record, relative, run
+from tinies import Tiny
 
 pytest.importorskip("torch")
 from edgevlm.errors import BundleError
