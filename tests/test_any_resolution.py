@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import load, picture
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 
 from edgevlm.bundle import Bundle, PatchGrid
 from edgevlm.errors import ImageError, InputError, UnsupportedModelError

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import load, logits_of, picture, watch
-from conftest import Tiny
 from PIL import Image
 from recorded import relative, run
+from tinies import Tiny
 
 pytest.importorskip("torch")
 from edgevlm.bundle import Bundle

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Llava
 from PIL import Image
+from tinies import Tiny
 from tiny import LLAVAS, make_llava
 
 from edgevlm.bundle import MANIFEST, SCHEMA_VERSION, Bundle
@@ -233,7 +233,7 @@ def test_a_request_that_cannot_be_served(
     ],
 )
 def test_a_request_that_is_not_for_this_family(
-    tiny: Callable[[str], Llava],
+    tiny: Callable[[str], Tiny],
     name: str,
     pictures: int,
     prompt: str,
@@ -251,7 +251,7 @@ def test_a_request_that_is_not_for_this_family(
     [("blip2-t5-tied", 1, "one row a token of the prompt"), ("flamingo-every-second", 2, "5 rows a picture")],
 )
 def test_other_families_run_and_are_inspected(
-    tiny: Callable[[str], Llava], name: str, pictures: int, shown: str, photo: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Callable[[str], Tiny], name: str, pictures: int, shown: str, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle, images = tiny(name).bundle, ["--image", photo] * pictures
     assert call("run", bundle, "--prompt", "How many?", *images, "--max-new-tokens", 3, "--threads", 1, "--json") == 0
@@ -432,7 +432,7 @@ def test_a_bug_is_called_one(monkeypatch: pytest.MonkeyPatch, bundle: Path, caps
 
 
 def test_verify_notices_other_weights(
-    llava: Callable[[str], Llava], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llava: Callable[[str], Tiny], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same architecture from another seed: a bundle whose weights are not those of its checkpoint."""
     other = make_llava(tmp_path / "other", LLAVAS[0], seed=1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import Runs, differ, failing, image_part, load, logits_of, picture, text_part, user
-from conftest import Tiny
+from tinies import Tiny
 
 from edgevlm import generate as generate_module
 from edgevlm import vlm as vlm_module

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, LLAVAS, TinyFlamingo, TinyLlava, load_tiny
 
 pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Llava
+from tinies import Tiny
 from tiny import LLAVAS, make_llava
 
 from edgevlm.bundle import Bundle
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def verify(llava: Callable[[str], Llava], tmp_path: Path) -> Callable[..., tuple[Report, Path]]:
+def verify(llava: Callable[[str], Tiny], tmp_path: Path) -> Callable[..., tuple[Report, Path]]:
     """Verifies a copy of a tiny export, since it writes a report into it."""
 
     def run(name: str, against: Path | None = None) -> tuple[Report, Path]:
@@ -70,7 +70,7 @@ LOSSY = {"float16": ("fp16", None), "int8": ("fp32", "int8"), "int4": ("fp32", "
 
 
 @pytest.fixture(scope="module")
-def lossy(llava: Callable[[str], Llava], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Report, Path]]:
+def lossy(llava: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Report, Path]]:
     """The report on a lossy bundle, made once for each kind."""
 
     @functools.cache
@@ -140,7 +140,7 @@ def test_other_preprocessing_is_named(verify: Callable[..., tuple[Report, Path]]
 
 @pytest.mark.parametrize("name", ["odd-widths", "clip-llama-gqa-bias", "siglip-llama-default"])
 def test_a_checkpoint_of_other_dimensions_is_refused(
-    verify: Callable[..., tuple[Report, Path]], llava: Callable[[str], Llava], name: str
+    verify: Callable[..., tuple[Report, Path]], llava: Callable[[str], Tiny], name: str
 ) -> None:
     with pytest.raises(CheckpointError, match="dimensions"):
         verify(LLAVAS[0].name, against=llava(name).checkpoint)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import differ, image_part, load, logits_of, picture, text_part, user, watch
-from conftest import Llava
 from PIL import Image
+from tinies import Tiny
 from tiny import LLAVAS, TinyLlava
 
 from edgevlm import generate as generate_module
@@ -57,9 +57,9 @@ def vlm(bundle: Path) -> VLM:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A checkpoint without a chat template."""
-    return Llava(TinyLlava("no-template", template=False), tmp_path_factory.mktemp("plain"))
+    return Tiny(TinyLlava("no-template", template=False), tmp_path_factory.mktemp("plain"))
 
 
 # ------------------------------------------------------------------------------------------- transformers
@@ -118,7 +118,7 @@ def transformers_answer(model: Any, batch: Any, **options: Any) -> tuple[list[in
 
 
 @pytest.mark.parametrize("name", [tiny.name for tiny in LLAVAS])
-def test_the_tokens_are_those_of_transformers(llava: Callable[[str], Llava], name: str) -> None:
+def test_the_tokens_are_those_of_transformers(llava: Callable[[str], Tiny], name: str) -> None:
     ours = load(llava(name).bundle)
     model, processor = transformers_model(llava(name).checkpoint)
     for case, (asked, chat) in ASKED.items():
@@ -138,7 +138,7 @@ def test_the_tokens_are_those_of_transformers(llava: Callable[[str], Llava], nam
     assert differ(*seen) > 1e-2
 
 
-def test_without_a_chat_template_the_prompt_is_used_as_it_stands(plain: Llava) -> None:
+def test_without_a_chat_template_the_prompt_is_used_as_it_stands(plain: Tiny) -> None:
     ours = load(plain.bundle)
     model, processor = transformers_model(plain.checkpoint)
     text = "USER: <image>\nHow many cubes? <image> ASSISTANT:"
@@ -155,7 +155,7 @@ def test_without_a_chat_template_the_prompt_is_used_as_it_stands(plain: Llava) -
 @pytest.mark.parametrize(
     ("text", "images"), [("<image> <image> Which?", 1), ("<image> Which?", 2), ("<image> Which?", 0), ("Which? <image>", 3)]
 )
-def test_without_a_chat_template_places_and_pictures_must_match(plain: Llava, text: str, images: int) -> None:
+def test_without_a_chat_template_places_and_pictures_must_match(plain: Tiny, text: str, images: int) -> None:
     ours = load(plain.bundle)
     runs = [watch(ours, part) for part in ours._sessions]
     with pytest.raises(PromptError, match=str(images)):
@@ -168,7 +168,7 @@ def test_without_a_chat_template_places_and_pictures_must_match(plain: Llava, te
 # ---------------------------------------------------------------------------------------------- stopping
 
 
-def test_the_stop_token_ends_the_answer_and_is_not_in_it(llava: Callable[[str], Llava], tmp_path: Path) -> None:
+def test_the_stop_token_ends_the_answer_and_is_not_in_it(llava: Callable[[str], Tiny], tmp_path: Path) -> None:
     """The checkpoint's own stop token, with transformers stopping at the same place."""
     tiny = llava(LLAVAS[0].name)
     chat, question = [user(image_part(A), text_part("How many?"))], {"prompt": "How many?", "images": [A]}
@@ -314,7 +314,7 @@ def test_what_is_no_picture_is_refused_before_any_work(bundle: Path, bad: Any) -
     assert len(vlm.generate("How many?", images=[A], max_new_tokens=4).tokens) == 4
 
 
-def test_both_layouts_of_the_preprocessing_configuration(llava: Callable[[str], Llava], tmp_path: Path) -> None:
+def test_both_layouts_of_the_preprocessing_configuration(llava: Callable[[str], Tiny], tmp_path: Path) -> None:
     """Older checkpoints have `preprocessor_config.json`, with plain numbers as sizes; newer ones a part of another file."""
     bundle = llava(LLAVAS[0].name).bundle
     new = json.loads((bundle / "processor_config.json").read_text())["image_processor"]
@@ -707,7 +707,7 @@ def test_a_request_without_form_is_refused(vlm: VLM, asked: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(("dtype", "recipe"), [("fp16", None), ("fp32", "int8"), ("fp32", "int4"), ("fp16", "int4")])
 def test_smaller_weights_run_from_end_to_end(
-    llava: Callable[[str], Llava], bundle: Path, dtype: str, recipe: str | None
+    llava: Callable[[str], Tiny], bundle: Path, dtype: str, recipe: str | None
 ) -> None:
     folder = llava(LLAVAS[0].name).export(dtype, recipe)
     warm = load(folder)

@@ -74,7 +74,7 @@ def block_of(rule: Rule, part: str, weight: ir.Value) -> int:
     assert weight.const_value is not None
     inner = int(weight.const_value.shape[0])  # type: ignore[arg-type]
     if rule.block_size is None:
-        return min(32, inner)
+        return 32  # also of fewer inputs, one block that is not full: ONNX Runtime fuses no size but powers of two from 16
     if rule.block_size > inner:
         raise RecipeError(
             f"The weight {weight.name} of the part {part} has {inner} inputs, fewer than the {rule.block_size} of a block that "

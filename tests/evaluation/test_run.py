@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from asking import picture
-from conftest import Tiny
+from tinies import Tiny
 from tiny import LLAVAS
 
 from edgevlm.errors import CapacityError, InputError, OutputError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from asking import load, picture
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, INTERNVLS, LLAVAS
 from tiny_qwen2_vl import QWEN2_VLS
 from tiny_qwen_vl import QWEN_VLS

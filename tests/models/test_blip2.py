@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from asking import image_part, picture, prompts_of, text_part, user
-from conftest import Tiny
+from tinies import Tiny
 
 from edgevlm.errors import PromptError, UnsupportedModelError
 from edgevlm.models import blip2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from asking import image_part, picture, prompts_of, text_part, user
-from conftest import Tiny
+from tinies import Tiny
 from tiny import FLAMINGOS
 
 from edgevlm.errors import PromptError, UnsupportedModelError

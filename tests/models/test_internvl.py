@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import Runs, picture
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 from tiny import INTERNVLS
 
 pytest.importorskip("torch")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import picture
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 from tiny_internvl_chat import INTERNVL_CHATS
 
 pytest.importorskip("torch")
@@ -73,7 +73,7 @@ def test_the_bundle_is_that_of_transformers_layout(tiny: Callable[[str], Tiny], 
     assert all(part.max_abs < 1e-4 for part in report.parts)
 
 
-@pytest.mark.parametrize(("dtype", "recipe"), [("fp16", None), pytest.param("fp32", "int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dtype", "recipe"), [("fp16", None), pytest.param("fp32", "int4-rtn", marks=pytest.mark.slow)])
 def test_half_precision_and_quantized_are_the_same_too(
     tiny: Callable[[str], Tiny], dtype: str, recipe: str | None, tmp_path: Path
 ) -> None:

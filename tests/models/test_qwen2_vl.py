@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import Runs, image_part, load, logits_of, picture, text_part, user, watch
-from conftest import Tiny
+from tinies import Tiny
 from tiny_qwen2_vl import QWEN2_VLS, TinyQwen2VL
 
 pytest.importorskip("torch")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import load, logits_of, picture
-from conftest import Tiny
 from PIL import Image
+from tinies import Tiny
 from tiny_qwen_vl import QWEN_VLS, TinyQwenVL, make_qwen_vl, tiny_config, tiny_model, tiny_ranks, write_tiktoken
 
 from edgevlm.bundle import Bundle, ImageTokens

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import Tiny
 from recorded import fold_everywhere, folds_of, graphs_of, record, relative, run
+from tinies import Tiny
 
 pytest.importorskip("torch")
 from edgevlm.graphs import load_graph

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Tiny
 from recorded import graphs_of, record, relative, run
+from tinies import Tiny
 
 pytest.importorskip("torch")
 from edgevlm.bundle import Bundle
@@ -394,7 +394,7 @@ def test_a_cache_that_cannot_be_of_eight_bits(tiny: Callable[[str], Tiny]) -> No
     check_recipe(Recipe("r", (Rule("float"),)), graphs)
 
 
-@pytest.mark.parametrize(("size", "block"), [(None, 20), (0, 20), (16, 16)])
+@pytest.mark.parametrize(("size", "block"), [(None, 32), (0, 20), (16, 16)])
 def test_blocks_of_a_narrow_weight(size: int | None, block: int) -> None:
     weight = ir.Value(name="w", const_value=ir.tensor(np.ones((20, 4), np.float32)))
     assert block_of(Rule("int4", block_size=size), "decoder", weight) == block

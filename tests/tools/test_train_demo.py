@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,14 @@ CLASSES = {
     "llava": "Llava", "blip2": "Blip2", "flamingo": "Flamingo", "internvl": "InternVL", "qwen2_vl": "Qwen2VL",
     "qwen_vl": "QwenVLTrainer",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _subnormal_numbers() -> Iterator[None]:
+    """Training takes them as zeros, in the whole process; the next tests want them back."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
