@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "verify",
         "vlm",
     },
-    "engines": {"bundle", "errors", "graphs", "images", "tensors"},
+    "engines": {"bundle", "errors", "graphs", "images", "targets", "tensors"},
     "export": {"bundle", "errors", "graphs", "models", "quant", "tensors"},
     "generate": {"bundle", "errors", "runtimes"},
     "images": {"errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -22,33 +23,33 @@ import tensorrt_rtx_bindings as trt
 
 from edgevlm.bundle import MANIFEST, Bundle
 from edgevlm.cli import main
+from edgevlm.demo import MODELS
 from edgevlm.engines import build, record, tensorrt
 from edgevlm.engines.build import Built, build_engines
 from edgevlm.engines.plan import read_plan_header
 from edgevlm.engines.record import Host, find_engine, read_records
 from edgevlm.engines.target import LocalGPU
 from edgevlm.errors import EngineError, InputError, MissingDependencyError, OutputError
+from edgevlm.export.export import export_bundle
 from edgevlm.graphs import load_graph
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.quant.recipe import Recipe, Rule
 
-KINDS: dict[str, str | Recipe | None] = {"fp16": None, "int8": "int8", "int4": INT4}
-#: One of each family, and more ways that a family may be put together, which are quantized in no other way.
-FAMILIES = (
-    "clip-llama",
-    "blip2-opt",
+#: AWQ leaves weights in the same form as rounding does.
+KINDS: dict[str, str | Recipe | None] = {"fp16": None, "int8": "int8", "int4": "int4-rtn"}
+#: Ways that a family may be put together which no shipped model is.
+VARIANTS = (
+    "clip-mistral-window",
     "blip2-t5",
-    "flamingo",
-    "internvl-qwen2",
-    "qwen-vl",
-    "qwen2-vl",
+    "instructblip-llama",
+    "flamingo-no-resampler",
     "qwen2.5-vl",
     "qwen3-vl",
 )
-VARIANTS = ("clip-mistral-window", "instructblip-llama", "flamingo-no-resampler")
 CASES = [
-    *(pytest.param(name, recipe, id=f"{name}-{kind}") for name in FAMILIES for kind, recipe in KINDS.items()),
+    *(pytest.param(f"demo/{name}", recipe, id=f"demo-{name}-{kind}") for name in MODELS for kind, recipe in KINDS.items()),
     *(pytest.param(name, None, id=f"{name}-fp16") for name in VARIANTS),
+    *(pytest.param(name, INT4, id=f"{name}-int4") for name in VARIANTS[1:]),
 ]
 SMS = ("sm86", "sm89", "sm120")
 
@@ -81,9 +82,25 @@ def small(tiny: Callable[[str], Any], tmp_path: Path) -> Path:
     return copied(tiny("clip-llama").bundle, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def float_bundle(tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The float export of a shipped or a tiny model."""
+
+    @functools.cache
+    def exported(name: str) -> Path:
+        if not name.startswith("demo/"):
+            bundle: Path = tiny(name).bundle
+            return bundle
+        return export_bundle(name, tmp_path_factory.mktemp("demo") / "bundle").folder
+
+    return exported
+
+
 @pytest.mark.parametrize(("name", "recipe"), CASES)
-def test_every_part_of_every_family(name: str, recipe: str | Recipe | None, tiny: Callable[[str], Any], tmp_path: Path) -> None:
-    folder = copied(tiny(name).bundle, tmp_path, recipe)
+def test_every_part_of_every_family(
+    name: str, recipe: str | Recipe | None, float_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied(float_bundle(name), tmp_path, recipe)
     built = by_part(build_engines(folder, "rtx", capacity=64))
     bundle = Bundle.open(folder)  # whose own files are as they were
     assert set(built) == set(bundle.manifest.parts)
