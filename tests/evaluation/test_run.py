@@ -414,6 +414,8 @@ def test_the_question_that_cannot_be_asked_is_named(two: list[str], tmp_path: Pa
 # ------------------------------------------------------------------------------------------------ killed
 
 RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
 import sys
 from edgevlm.evaluation.run import Settings, evaluate
 from edgevlm.evaluation.suites import SuiteSpec
