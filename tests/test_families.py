@@ -157,20 +157,20 @@ def near(bundle: Path, exact: Path, cosine: float) -> None:
         assert np.abs(found[0] - wanted[0]).max() > 0
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4"])
+@pytest.mark.parametrize("recipe", ["int8", "int4-rtn", "int4"])
 @configurations(*ALWAYS[1:])
 def test_quantized_bundles_answer(tiny: Callable[[str], Tiny], name: str, recipe: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     quantize_bundle(tiny(name).bundle, bundle, recipe)
-    # Random weights at four bits: 0.65 to 0.9 by any method. A broken graph is near 0.
-    near(bundle, tiny(name).bundle, {"int8": 0.98, "int4": 0.5}[recipe])
+    # AWQ leaves less error in every layer, but where no channel stands out chance decides about the sum: 0.65 to 0.9.
+    near(bundle, tiny(name).bundle, {"int8": 0.98, "int4-rtn": 0.7, "int4": 0.5}[recipe])
     before, after = (Bundle.open(folder).manifest for folder in (tiny(name).bundle, bundle))
     for part, record in after.parts.items():
         weights = before.parts[part].weights.get("float32", 0)
         assert record.inputs == before.parts[part].inputs
         assert record.outputs == before.parts[part].outputs
         assert "int8" in record.weights or "int4" in record.weights or part == "projector", part
-        assert ("int4" in record.weights) == (recipe == "int4" and part in ("decoder", "text_encoder")), part
+        assert ("int4" in record.weights) == (recipe.startswith("int4") and part in ("decoder", "text_encoder")), part
         # Patches are embedded by a convolution, which stays float: much of so small a tower.
         assert record.weights.get("float32", 0) < weights * (0.7 if part == "vision_encoder" else 0.5), part
     for part, proto in graphs(bundle):
