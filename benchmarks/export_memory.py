@@ -86,7 +86,7 @@ timings = reply.timings
 print(json.dumps({
     "load_seconds": loaded, "first_token_ms": timings.first_token, "vision_ms": timings.vision, "prefill_ms": timings.prefill,
     "prompt_tokens": timings.prompt_tokens, "tokens": len(reply.tokens), "tokens_per_second": timings.tokens_per_second,
-    "finish_reason": reply.finish_reason, "backends": {part: choice.backend for part, choice in vlm.backends.items()},
+    "finish_reason": reply.finish_reason, "backends": {part: choice.chosen for part, choice in vlm.backends.items()},
 }))
 """
 

@@ -25,7 +25,7 @@ from .bundle import Bundle, Part
 from .errors import CalibrationError, ImageError, InputError
 from .images import load_image
 from .prompt import normalize_request
-from .runtimes import Choice, Memory, PartSession, State, open_part
+from .runtimes import Choice, Memory, PartSession, State, Tensor, open_part
 from .scenes import ASPECTS, SPLITS, ask_all, render_scene, sample_scene
 from .vlm import VLM, Timings, View, picture_digest
 
@@ -243,7 +243,7 @@ class _NoMemory(Memory):
 
     def truncate(self, length: int) -> None: ...
 
-    def append(self, rows: Mapping[str, np.ndarray]) -> None: ...
+    def append(self, *blocks: Mapping[str, Tensor]) -> None: ...
 
 
 def _recorder(
@@ -251,7 +251,7 @@ def _recorder(
 ) -> Callable[..., tuple[PartSession, Choice]]:
     def open_recorded(path: Path, name: str, part: Part, **options: Any) -> tuple[PartSession, Choice]:
         if name == "decoder" and closed:
-            return _Closed(name, part), Choice("none", {})
+            return _Closed(name, part), Choice("none")
         session, choice = open_part(path, name, part, **options)
         kept = recorded.get(name)
         return (session if kept is None or name == "decoder" else _Recorded(session, kept, shelf)), choice

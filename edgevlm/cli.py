@@ -185,7 +185,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--capacity", type=int, metavar="N", help="longest sequence in tokens, prompt and answer")
     sub.add_argument("--max-tiles", type=int, metavar="N", help="most tiles that a picture is cut into")
     sub.add_argument("--visual-tokens", type=int, metavar="N", help="most tokens that a picture or film may take")
-    sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
+    sub.add_argument(
+        "--backend", help="tensorrt, cuda or cpu for every part, or part=name,part=name; the best that works without"
+    )
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of the stream")
 
@@ -204,7 +206,10 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: build/eval)",
     )  # fmt: skip
     sub.add_argument("--force", action="store_true", help="throw away the answers that are there, and begin anew")
-    sub.add_argument("--backend", help="cpu or cuda for every part of the bundles; the best that works without")
+    sub.add_argument(
+        "--backend",
+        help="tensorrt, cuda or cpu for every part of the bundles, or part=name,part=name; the best that works without",
+    )
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use (with --engine ray: each worker)")
     sub.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work is done (default: local)")
     sub.add_argument("--ray-address", metavar="HOST:PORT", help="a Ray cluster (default: RAY_ADDRESS, else this machine)")
@@ -218,7 +223,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", choices=("size", "latency"), default="size", help="what is made small (default: size)")
     _add_suite(sub)
     _add_calibration(sub)
-    sub.add_argument("--backend", help="cpu or cuda for every part; the best that works without")
+    sub.add_argument(
+        "--backend", help="tensorrt, cuda or cpu for every part, or part=name,part=name; the best that works without"
+    )
     sub.add_argument("--threads", type=int, metavar="N", help="cores to use")
     sub.add_argument(
         "--output", type=Path, default=Path("build/tune"),
@@ -412,7 +419,7 @@ def _run(arguments: argparse.Namespace) -> int:
     timings = reply.timings
     if arguments.json:
         speed = {"tokens_per_second": timings.tokens_per_second}
-        backends = {part: dataclasses.asdict(choice) for part, choice in vlm.backends.items()}
+        backends = {part: dataclasses.asdict(c) | {"tried": c.tried} for part, c in vlm.backends.items()}
         more = speed | {"boxes": [dataclasses.asdict(box) for box in reply.boxes], "backends": backends}
         print(json.dumps(dataclasses.asdict(reply) | more, indent=2, ensure_ascii=False))
         return 0
@@ -422,7 +429,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"picture {number}: {describe_seen(seen)}", file=sys.stderr)
     used: dict[str, list[str]] = {}
     for part, choice in vlm.backends.items():
-        used.setdefault(choice.backend, []).append(part)
+        used.setdefault(choice.chosen, []).append(part)
     speed_text = f"{timings.tokens_per_second:.1f} tokens/s" if timings.decoded_tokens else "one token"
     ended = {"length": ", cut at --max-new-tokens", "capacity": ", cut because the KV cache is full"}.get(
         reply.finish_reason, ""
@@ -433,8 +440,13 @@ def _run(arguments: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     print("; ".join(f"{backend}: {', '.join(parts)}" for backend, parts in used.items()), file=sys.stderr)
-    for backend, reason in {b: r for c in vlm.backends.values() for b, r in c.passed_over.items()}.items():
-        print(f"not on {backend}: {reason}", file=sys.stderr)
+    passed: dict[tuple[str, str], list[str]] = {}
+    for part, choice in vlm.backends.items():
+        for passed_over, reason in choice.reasons.items():
+            passed.setdefault((passed_over, reason), []).append(part)
+    for (name, reason), parts in passed.items():
+        which = "" if len(parts) == len(vlm.backends) else f" ({', '.join(parts)})"
+        print(f"not on {name}{which}: {reason}", file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,7 @@
     │   ├── ManifestError             edgevlm.json is unreadable, inconsistent or of a newer schema
     │   └── IntegrityError            a file is missing, changed, or lies outside the bundle
     ├── EngineError                   a TensorRT engine that cannot be built, or is not what was asked for
+    ├── DeviceError                   the GPU failed, or its memory is full
     ├── InputError                    what the caller asked for
     │   ├── ImageError                no picture, too large, too thin
     │   ├── PromptError               places and pictures do not match, a template that fails
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ClusterError",
+    "DeviceError",
     "EdgeVLMError",
     "EngineError",
     "ExportError",
@@ -95,6 +97,20 @@ class IntegrityError(BundleError):
 
 class EngineError(EdgeVLMError):
     """A TensorRT engine cannot be built, or is not what was asked for."""
+
+
+class DeviceError(EdgeVLMError):
+    """The GPU failed. `lost`: nothing works on it any more, and the model has to be loaded again; else its memory is full, and
+    the next call may well go through."""
+
+    def __init__(self, text: str, *, lost: bool = False) -> None:
+        super().__init__(text)
+        self.lost = lost
+
+    def within(self, part: str) -> DeviceError:
+        """The same failure, saying in which part."""
+        said = str(self)
+        return self if "the part " in said else DeviceError(f"In the part {part}: {said}", lost=self.lost)
 
 
 class InputError(EdgeVLMError):

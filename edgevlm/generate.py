@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .bundle import CrossAttention, KVCache
 from .errors import CapacityError, InputError
-from .runtimes import Memory, PartSession, State
+from .runtimes import Memory, PartSession, State, Tensor
 
 __all__ = ["CHUNK", "Decoder", "PrefixCache", "Sampling", "choose_token"]
 
@@ -50,7 +51,7 @@ class Decoder:
         """Rows that cross-attention can see, 0 without."""
         return sum(rows for _, rows in self._blocks)
 
-    def remember(self, blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]]) -> int:
+    def remember(self, blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, Tensor]]]]) -> int:
         """Makes these blocks of keys and values, in this order, what cross-attention reads.
 
         Each has a key that stands for its content, and is made (tensors `[B, H, rows, D]`) only where it is not there
@@ -65,13 +66,13 @@ class Decoder:
         del self._blocks[kept:]
         self._memory.truncate(self.cross_length)
         if made:
-            self._memory.append({n: np.concatenate([tensors[n] for _, tensors in made], 2) for n in self._memory.inputs})
+            self._memory.append(*(tensors for _, tensors in made))
         self._blocks += [(key, next(iter(tensors.values())).shape[2]) for key, tensors in made]
         return len(made)
 
     def forward(
         self,
-        embeds: np.ndarray,
+        embeds: Tensor,
         start: np.ndarray,
         last: np.ndarray,
         visible: np.ndarray | None = None,
@@ -123,7 +124,7 @@ class PrefixCache:
     def prefill(
         self,
         keys: Sequence[Hashable],
-        embed: Callable[[int, int], np.ndarray],
+        embed: Callable[[int, int], Tensor],
         visible: np.ndarray | None = None,
         turns: np.ndarray | None = None,
     ) -> tuple[np.ndarray, int]:
@@ -148,9 +149,7 @@ class PrefixCache:
             self.keys.extend(keys[first:end])
         return logits, reused
 
-    def extend(
-        self, key: Hashable, row: np.ndarray, visible: np.ndarray | None = None, turn: np.ndarray | None = None
-    ) -> np.ndarray:
+    def extend(self, key: Hashable, row: Any, visible: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
         """One more position, `[hidden]`, and the logits behind it; it sees `visible`, bool `[cross_length]`, and is turned by
         `turn`, int64 `[3]`."""
         seen = None if visible is None else visible[None, None]

@@ -290,6 +290,15 @@ class ImageProcessor:
         most = max(min(size.most, pixels * shared // count), int(size.fewest * 1.05))
         return replace(self, resize=replace(size, most=most))
 
+    def most_places(self, places: int) -> int | None:
+        """The most places of a prompt that a picture takes, where its size decides; `places` are those of one tile."""
+        if isinstance(self.resize, PixelRange):
+            return self.resize.most // self.resize.factor**2
+        if self.tiles is not None:
+            most = self.tiles[1]
+            return (most + (most > 1)) * places
+        return None
+
     def limit(self, *, places: int, max_tiles: int | None = None, visual_tokens: int | None = None) -> ImageProcessor:
         """The same for pictures that may cost no more than `visual_tokens` places in the prompt, or be cut into no more than
         `max_tiles`. `places` is what one tile takes, or a picture where its size does not matter.

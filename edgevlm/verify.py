@@ -391,15 +391,15 @@ def _check_batch(vlm: VLM, first: _Prompt, second: _Prompt, limit: Limit, report
     """Two prompts of different lengths in one right-padded batch must answer as they do alone."""
     pair, cross = (first, second), vlm.bundle.manifest.cross_attention
     feeds = [vlm._feed(p.built, p.views, Timings()) for p in pair]
-    rows, visible, blocks = [feed.rows(0, len(feed.keys)) for feed in feeds], [feed.visible for feed in feeds], []
+    rows, visible, blocks = [np.asarray(feed.rows(0, len(feed.keys))) for feed in feeds], [feed.visible for feed in feeds], []
     if cross and cross.source == "prompt":
         features: list[list[Any]] = [[vlm._see(view, Timings()) for view in p.views] for p in pair]
-        texts = [vlm._rows(p.built, f, 0, len(p.built.ids)) for p, f in zip(pair, features, strict=True)]
+        texts = [np.asarray(vlm._rows(p.built, f, 0, len(p.built.ids))) for p, f in zip(pair, features, strict=True)]
         mask = _padded([np.ones(len(text), bool) for text in texts])
         read = vlm._run("cross_kv", vlm._run("text_encoder", {"inputs_embeds": _padded(texts), "attention_mask": mask}))
         visible, blocks = [mask[:1], mask[1:]], [("both", lambda: read)]
     elif cross:
-        made = [[make() for _, make in feed.blocks] for feed in feeds]
+        made: Any = [[make() for _, make in feed.blocks] for feed in feeds]
         if any(made):
             blocks = [("both", lambda: _stacked(made, cross))]
     lengths = np.array([len(r) for r in rows])

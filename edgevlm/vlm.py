@@ -27,12 +27,12 @@ import numpy as np
 
 from .boxes import Box, read_boxes
 from .bundle import Bundle, Manifest
-from .errors import CapacityError, ImageError, InputError, ManifestError, PromptError
+from .errors import CapacityError, DeviceError, ImageError, InputError, ManifestError, PromptError
 from .generate import Decoder, PrefixCache, Sampling, choose_token
 from .images import ImageProcessor, PixelRange, image_digest, load_image
 from .models import Embedded, family_by_name, parts_needed
 from .prompt import ChatTemplate, Prompt, PromptBuilder, Request, TextStream, Tokenizer, Video, normalize_request
-from .runtimes import Choice, PartSession, open_part
+from .runtimes import Asked, Choice, Model, PartSession, Rows, Tensor, ask, open_part
 
 __all__ = ["VLM", "Piece", "Reply", "Seen", "Stream", "Timings"]
 
@@ -175,9 +175,9 @@ class _Feed:
     """
 
     keys: Sequence[Hashable]
-    rows: Callable[[int, int], np.ndarray]
+    rows: Callable[[int, int], Tensor]
     key: Callable[[int, int], Hashable]
-    blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, np.ndarray]]]] = ()
+    blocks: Sequence[tuple[Hashable, Callable[[], Mapping[str, Tensor]]]] = ()
     visible: np.ndarray | None = None
     turns: np.ndarray | None = None
 
@@ -198,11 +198,14 @@ class VLM:
         capacity: int,
         processors: tuple[ImageProcessor, ImageProcessor | None],
         visual_tokens: int | None = None,
+        model: Model | None = None,
     ) -> None:
         """Use `VLM.load`."""
         self.bundle, self.backends, self.capacity, self.visual_tokens = bundle, dict(backends), capacity, visual_tokens
         manifest = bundle.manifest
-        self._sessions = sessions
+        self._sessions, self._model = sessions, model or Model()
+        self._failed: DeviceError | None = None
+        self._closed = False
         self._family = family_by_name(manifest.family)
         self._processor, self._film_processor = processors
         tokenizer = Tokenizer.from_folder(bundle.folder)
@@ -229,7 +232,7 @@ class VLM:
         bundle: str | os.PathLike[str],
         *,
         capacity: int | None = None,
-        backend: str | None = None,
+        backend: Asked = None,
         threads: int | None = None,
         max_tiles: int | None = None,
         visual_tokens: int | None = None,
@@ -239,13 +242,14 @@ class VLM:
         """Loads a bundle.
 
         `capacity` is the longest sequence in tokens, prompt and answer together; as a default the model's context
-        length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `cpu` or `cuda` for every
-        part, else each part gets the best that works; `backends` tells which, and why not a better one. `threads`
+        length, at most 4,096. Memory for it is taken as it is needed. `backend` asks for `tensorrt`, `cuda` or
+        `cpu` for every part, or for some (`{"decoder": "tensorrt"}`); others, and all with `auto`, get the best that works.
+        `backends` tells which, and why not a better one. `threads`
         limits the cores of each part. `visual_tokens` is the most places that a picture (or a film) may take in the prompt,
         `max_tiles` the most tiles that it is cut into: fewer see less detail, sooner. `check_files` compares every file
         with its hash (about a second a gigabyte). `opener` stands in for what opens the parts (calibration records there).
 
-        Raises BundleError and its kinds, InputError, MissingDependencyError.
+        Raises BundleError and its kinds, InputError, DeviceError, MissingDependencyError.
         """
         opened = Bundle.open(bundle, check_files=check_files)
         manifest = opened.manifest
@@ -261,15 +265,38 @@ class VLM:
         processors = _open_processors(opened, max_tiles, visual_tokens)
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
-        for name, part in manifest.parts.items():
-            sessions[name], backends[name] = opener(opened.part_path(name), name, part, backend=backend, threads=threads)
-        return cls(opened, sessions, backends, capacity, processors, visual_tokens)
+        asked = ask(backend, list(manifest.parts))
+        most = processors[0].most_places(manifest.image.places)
+        model = Model(opened, capacity, min(most, capacity) if most else None, threads, check_files)
+        try:
+            for name, part in manifest.parts.items():
+                sessions[name], backends[name] = opener(opened.part_path(name), name, part, backend=asked[name], model=model)
+            return cls(opened, sessions, backends, capacity, processors, visual_tokens, model)
+        except BaseException:
+            _close(sessions, model)
+            raise
 
     @classmethod
     def without_parts(cls, bundle: Bundle, *, capacity: int | None = None, visual_tokens: int | None = None) -> VLM:
         """What reads requests, and no more: the parts, which answer, are somebody else's. See `load`."""
         processors = _open_processors(bundle, None, visual_tokens)
         return cls(bundle, {}, {}, _check_capacity(capacity, bundle.manifest), processors, visual_tokens)
+
+    def close(self) -> None:
+        """Gives back the memory of all parts, also on the GPU. Waits for an answer under way; twice is fine."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._features = _Features()
+                self._cache = None  # type: ignore[assignment]
+                _close(self._sessions, self._model)
+                self._sessions = {}
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -329,8 +356,10 @@ class VLM:
                     for piece in self._decode(built, views, sampling, timings, result, called):
                         yield piece
                         self._serving = threading.get_ident()  # a stream may be handed to another thread
-                except Exception:
+                except Exception as exc:
                     result["finish_reason"] = "error"
+                    if isinstance(exc, DeviceError):
+                        self._give_way(exc)
                     raise
 
         return Stream(pieces(), result, timings)
@@ -422,13 +451,24 @@ class VLM:
                 "An answer of this model is still being streamed in this thread. Read it to its end, or close() it, first."
             )
         with self._lock:
+            if self._closed:
+                raise InputError("This model is closed; load it again.")
+            if self._failed is not None:
+                raise self._failed
             self._serving = threading.get_ident()
             try:
                 yield
             finally:
                 self._serving = None
 
-    def _run(self, part: str, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def _give_way(self, failure: DeviceError) -> None:
+        """A GPU that is lost ends all; one whose memory is full gets back what can be made again."""
+        if failure.lost:
+            self._failed = failure
+        self._features = _Features()
+        self._cache.keys.clear()
+
+    def _run(self, part: str, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return self._sessions[part].run(feeds)
 
     def _see(self, view: View, timings: Timings) -> Embedded:
@@ -462,26 +502,27 @@ class VLM:
         self._features.put(view.digest, encoded)
         return encoded
 
-    def _embed(self, ids: Sequence[int]) -> np.ndarray:
+    def _embed(self, ids: Sequence[int]) -> Any:
         return self._run("embed_tokens", {"input_ids": np.array([ids], np.int64)})["inputs_embeds"][0]
 
-    def _rows(self, prompt: Prompt, features: Sequence[np.ndarray], first: int, end: int) -> np.ndarray:
+    def _rows(self, prompt: Prompt, features: Sequence[Any], first: int, end: int) -> Rows:
         """Embeddings `[end - first, hidden]` of a part of the prompt, pictures in their places."""
         ids = prompt.ids[first:end]
-        spans = []
+        spans: list[tuple[int, int, Any]] = []
         for (start, length), feature in zip(prompt.places, features, strict=True):
             a, b = max(first, start), min(end, start + length)
             if a < b:
-                spans.append((slice(a - first, b - first), feature[a - start : b - start]))
+                spans.append((a - first, b - first, feature[a - start : b - start]))
                 ids[a - first : b - first] = [0] * (b - a)  # the image token may lie outside of the embedding table
-        rows = np.array(self._embed(ids))
-        for span, feature in spans:
-            rows[span] = feature
-        return rows
+        words, blocks, at = self._embed(ids), [], 0
+        for a, b, feature in spans:
+            blocks += [words[at:a]] * (at < a) + [feature]
+            at = b
+        return Rows([*blocks, *[words[at:]] * (at < len(ids))])
 
-    def _read(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def _read(self, rows: Rows) -> Mapping[str, np.ndarray]:
         """A whole prompt `[S, hidden]` through the text encoder, as keys and values for the decoder."""
-        feeds = {"inputs_embeds": rows[None], "attention_mask": np.ones((1, len(rows)), bool)}
+        feeds: dict[str, Tensor] = {"inputs_embeds": rows[None], "attention_mask": np.ones((1, len(rows)), bool)}
         return self._run("cross_kv", self._run("text_encoder", feeds))
 
     def _feed(self, prompt: Prompt, views: list[View], timings: Timings) -> _Feed:
@@ -503,8 +544,8 @@ class VLM:
         for (start, length), view in zip(prompt.places, views, strict=True):
             keys[start : start + length] = [(view.key, i) for i in range(length)]
 
-        def rows(first: int, end: int) -> np.ndarray:
-            return self._rows(prompt, features, first, end)  # type: ignore[arg-type]
+        def rows(first: int, end: int) -> Rows:
+            return self._rows(prompt, features, first, end)
 
         if prompt.positions is not None:
             # Equal tokens behind equal ones may still be turned differently, as behind the same film at another speed.
@@ -564,6 +605,12 @@ class VLM:
         result["text"] += rest
         if rest:
             yield Piece(rest, None)
+
+
+def _close(sessions: Mapping[str, PartSession], model: Model) -> None:
+    for session in sessions.values():
+        session.close()
+    model.close()
 
 
 def picture_digest(picture: Any) -> str:

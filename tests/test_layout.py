@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "bundle": {"errors"},
     "graphs": {"bundle", "errors", "tensors"},
     "models": {"bundle", "errors", "images", "prompt"},
-    "runtimes": {"bundle", "errors"},
+    "runtimes": {"bundle", "engines", "errors"},
     # What runs bundles is above `quant`; it knows the default calibration set, and nothing else of it.
     "quant": {"bundle", "calibration", "errors", "graphs", "tensors"},
     "calibration": {"bundle", "errors", "images", "prompt", "runtimes", "scenes", "vlm"},
@@ -109,8 +109,8 @@ def test_direction_of_imports(module: str) -> None:
 
 
 ROBOT = {"runtimes", "generate", "images", "prompt", "vlm", "boxes", "bundle", "errors"}
-#: Of the engines, what finds them; what builds them is the workshop's.
-ROBOT_ENGINES = {"engines", "engines.plan", "engines.profiles", "engines.record"}
+#: Of the engines, what finds and loads them; what builds them is the workshop's.
+ROBOT_ENGINES = {f"engines{name}" for name in ("", ".plan", ".profiles", ".record", ".target", ".tensorrt")}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in ROBOT or m in ROBOT_ENGINES])

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from ..bundle import Bundle, scratch_folder
 from ..errors import EngineError, InputError, OutputError
 from ..graphs import load_graph, save_graph
-from ..images import ImageProcessor, PixelRange
+from ..images import ImageProcessor
 from .cast import cast_graph
 from .fit import fix_dimensions, mark_decomposable, pack_tables, shield_masks
 from .inspection import check_network, expected_of
@@ -135,12 +135,7 @@ def _most_tokens(bundle: Bundle) -> int | None:
             continue
         config = json.loads(path.read_text(encoding="utf-8"))
         processor = ImageProcessor.from_config({**(config.get(entry, {}) if entry else config), **manifest.image_options})
-        if isinstance(processor.resize, PixelRange):
-            return processor.resize.most // processor.resize.factor**2
-        if processor.tiles is not None:
-            most = processor.tiles[1]
-            return (most + (most > 1)) * manifest.image.places
-        return None
+        return processor.most_places(manifest.image.places)
     return None
 
 

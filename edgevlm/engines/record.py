@@ -175,10 +175,12 @@ def find_engine(
     host: Host,
     *,
     capacity: int | None = None,
+    visual_tokens: int | None = None,
     target: str | None = None,
     check_files: bool = True,
 ) -> Engine | str:
-    """The engine of a part that the host can run, or why there is none. `capacity` is the longest sequence that is asked for.
+    """The engine of a part that the host can run, or why there is none. `capacity` is the longest sequence that is asked for,
+    `visual_tokens` the most that a picture may take.
 
     With several, the first target by name; `target` asks for one. Nothing is loaded, and nothing is changed.
     """
@@ -193,7 +195,7 @@ def find_engine(
             continue
         if record is None:
             continue
-        reason = next(_misfits(bundle, part, record, host, capacity), None)
+        reason = next(_misfits(bundle, part, record, host, capacity, visual_tokens), None)
         reason = reason or check_plan(folder / f"{part}.plan", record, hashes=check_files)
         if reason is None:
             return Engine(folder / f"{part}.plan", part, folder.name, record)
@@ -201,7 +203,9 @@ def find_engine(
     return "; ".join(reasons) or f"no engine was built for the part {part} (`edgevlm build`)"
 
 
-def _misfits(bundle: Bundle, part: str, record: EngineRecord, host: Host, capacity: int | None) -> Iterator[str]:
+def _misfits(
+    bundle: Bundle, part: str, record: EngineRecord, host: Host, capacity: int | None, visual_tokens: int | None
+) -> Iterator[str]:
     key = record.key
     graph, weights = part_hashes(bundle, part)
     if key.form != FORM:
@@ -220,6 +224,17 @@ def _misfits(bundle: Bundle, part: str, record: EngineRecord, host: Host, capaci
         yield f"tuned on {key.device}; this GPU is {host.device}"
     if capacity is not None and part == "decoder" and capacity > record.capacity:
         yield f"its KV cache has {record.capacity:,} positions; {capacity:,} were asked for"
+    if visual_tokens is not None and visual_tokens > record.visual_tokens and _takes_pictures(bundle, part):
+        yield (
+            f"built for pictures of up to {record.visual_tokens:,} visual tokens; here they may take {visual_tokens:,} "
+            f"(visual_tokens={record.visual_tokens} bounds them)"
+        )
+
+
+def _takes_pictures(bundle: Bundle, part: str) -> bool:
+    """Whether what a picture takes is a dynamic size of this part."""
+    dynamic = {d for info in bundle.manifest.parts[part].inputs.values() for d in info.shape if isinstance(d, str)}
+    return bool(dynamic & {"places", "windows", "image_tokens"})
 
 
 def digest(content: memoryview | bytes) -> str:

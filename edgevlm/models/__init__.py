@@ -35,7 +35,9 @@ __all__ = [
     "parts_needed",
 ]
 
-RunPart = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+#: Runs a part by its name. What comes out may lie on a GPU: it can be indexed and sliced by its first axis, reshaped, and
+#: concatenated along the first axis without leaving it.
+RunPart = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 #: Of one picture: the embeddings `[places, hidden]` that take its places in the prompt, or its rows of the decoder's
 #: cross-attention, `cross_key_values.N.key|value`, `[1, heads, places, head_dim]` each.
 Embedded = np.ndarray | Mapping[str, np.ndarray]

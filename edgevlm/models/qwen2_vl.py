@@ -273,7 +273,7 @@ def encode_image(run: RunPart, manifest: Manifest, pixel_values: np.ndarray) -> 
     layers = feeds.pop("pixel_values")
     # One at a time: memory does not grow with the length of a film.
     rows = [run("vision_encoder", {"pixel_values": layer[None], **feeds})["image_features"][0] for layer in layers]
-    return np.concatenate(rows)
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def vision_inputs(manifest: Manifest, pixel_values: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,14 +7,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..bundle import Part
+from ..bundle import Bundle, Part
 from ..errors import BundleError
+from .device import Device, DeviceTensor, Driver, Rows
 
-__all__ = ["Backend", "Memory", "PartSession", "State"]
+__all__ = ["Backend", "Memory", "Model", "PartSession", "State", "Tensor"]
+
+#: What goes into a part and comes out of it. numpy sees those on a device as copies.
+Tensor = np.ndarray | DeviceTensor | Rows
+
+
+@dataclass
+class Model:
+    """What the parts of one model have in common: the bundle, what is asked for, and the GPU that they share."""
+
+    bundle: Bundle | None = None
+    capacity: int | None = None
+    visual_tokens: int | None = None
+    """The most places that a picture may take, where its size decides."""
+    threads: int | None = None
+    check_files: bool = True
+    devices: dict[Driver, Device] = field(default_factory=dict)
+
+    def device(self, driver: Driver) -> Device:
+        """The GPU, opened by the first part that asks. Raises DeviceError."""
+        if driver not in self.devices:
+            self.devices[driver] = driver.open()
+        return self.devices[driver]
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            device.close()
 
 
 class State(ABC):
@@ -41,8 +70,8 @@ class Memory(ABC):
         """Keeps the first `length` rows."""
 
     @abstractmethod
-    def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Adds rows `[B, heads, n, head_dim]` to every tensor."""
+    def append(self, *blocks: Mapping[str, Tensor]) -> None:
+        """Adds rows `[B, heads, n, head_dim]` to every tensor, those of one block behind those of the other."""
 
 
 class PartSession(ABC):
@@ -51,10 +80,10 @@ class PartSession(ABC):
     def __init__(self, name: str, part: Part) -> None:
         self.name, self.part = name, part
 
-    def run(
-        self, feeds: Mapping[str, np.ndarray], state: State | None = None, memory: Memory | None = None
-    ) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Tensor], state: State | None = None, memory: Memory | None = None) -> dict[str, Any]:
         """Runs the part. Floating-point feeds are cast to what it takes; outputs that are state are not returned.
+
+        Outputs may lie on a device; those of a run with state are on the host.
 
         Raises BundleError where names or shapes are not the part's: the bundle and the runtime disagree.
         """
@@ -63,7 +92,7 @@ class PartSession(ABC):
         if set(feeds) != set(wanted):
             given = ", ".join(sorted(feeds)) or "none"
             raise BundleError(f"The part {self.name} takes the inputs {', '.join(wanted)}; it was given {given}.")
-        ready: dict[str, np.ndarray] = {}
+        ready: dict[str, Any] = {}
         # Of the dimensions that have a name, which is one size in all inputs.
         sizes: dict[str, int] = {}
         for name in memory.inputs if memory else ():
@@ -80,8 +109,15 @@ class PartSession(ABC):
                 raise BundleError(
                     f"The part {self.name} takes {name!r} as {list(info.shape)}; it was given {list(array.shape)}."
                 )
-            ready[name] = np.ascontiguousarray(array, dtype=info.dtype)
+            ready[name] = self._ready(name, array)
         return self._run(ready, state, memory)
+
+    def close(self) -> None:  # noqa: B027  # most have nothing
+        """Gives back what it holds outside of Python's memory."""
+
+    def _ready(self, name: str, feed: Tensor) -> Any:
+        """A feed as `_run` takes it."""
+        return np.ascontiguousarray(feed, dtype=self.part.inputs[name].dtype)
 
     @abstractmethod
     def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
@@ -92,7 +128,7 @@ class PartSession(ABC):
         """Memory without rows for the given inputs."""
 
     @abstractmethod
-    def _run(self, feeds: dict[str, np.ndarray], state: State | None, memory: Memory | None) -> dict[str, np.ndarray]: ...
+    def _run(self, feeds: dict[str, Any], state: State | None, memory: Memory | None) -> dict[str, Any]: ...
 
 
 class Backend(ABC):
@@ -117,7 +153,7 @@ class Backend(ABC):
         """Why this backend cannot be used on this machine, or None."""
 
     @abstractmethod
-    def open(self, path: Path, name: str, part: Part, threads: int | None) -> PartSession:
+    def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
         """Opens a part. Raises BundleError where the file is broken, BackendUnavailable where the device is not usable."""
 
 

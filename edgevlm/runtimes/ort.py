@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle import Part
 from ..errors import BundleError, MissingDependencyError
-from .base import Backend, BackendUnavailable, Memory, PartSession, State
+from .base import Backend, BackendUnavailable, Memory, Model, PartSession, State, Tensor
 
 __all__ = ["CPU", "CUDA", "OLDEST"]
 
@@ -99,8 +99,10 @@ class _OrtMemory(Memory):
         if length < self.length:
             self._hold({name: np.ascontiguousarray(array[:, :, :length]) for name, array in self._arrays.items()})
 
-    def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        self._hold({name: np.concatenate([a, rows[name].astype(a.dtype)], 2) for name, a in self._arrays.items()})
+    def append(self, *blocks: Mapping[str, Tensor]) -> None:
+        self._hold(
+            {n: np.concatenate([a, *(np.asarray(block[n], a.dtype) for block in blocks)], 2) for n, a in self._arrays.items()}
+        )
 
     def _hold(self, arrays: dict[str, np.ndarray]) -> None:
         ort = _onnxruntime()
@@ -156,12 +158,12 @@ class _OnnxRuntime(Backend):
             return None
         return f"the installed onnxruntime has no {self.provider} (`pip install 'edgevlm[gpu]'` in place of `[cpu]`)"
 
-    def open(self, path: Path, name: str, part: Part, threads: int | None) -> PartSession:
+    def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # As many as this process may use; ONNX Runtime itself counts the machine's.
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = model.threads or len(os.sched_getaffinity(0))
         # Each part has its own threads. Those that wait by spinning take the cores from the part whose turn it is, and from the
         # robot's own program: see docs/benchmarks.md.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

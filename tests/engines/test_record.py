@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")  # makes the bundle
+from fake_gpu import plan_bytes
 
 from edgevlm.bundle import Bundle, sha256_of
 from edgevlm.engines.plan import read_plan_header
@@ -32,12 +32,6 @@ from edgevlm.errors import EngineError
 
 HOST = Host("tensorrt-rtx", "1.7.1.116", "sm89", "NVIDIA GeForce RTX 4090")
 SHAPES = {"past_key_values.0.key": ((1, 4, 64, 16),) * 3}
-
-
-def plan_bytes(version: bytes = bytes((1, 7, 1, 116)), sms: bytes = b"sm86 sm89 ") -> bytes:
-    """A plan's beginning, and the text in it that names its cards."""
-    body = b"accelerators={*}...accelerators={" + sms + b"}" + bytes(100)
-    return struct.pack("<4s12xQ", b"vtrt", 28 + len(body)) + version + body
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Tiny
+from tinies import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, INTERNVLS, LLAVAS
 from tiny_internvl_chat import INTERNVL_CHATS
 from tiny_qwen2_vl import QWEN2_VLS

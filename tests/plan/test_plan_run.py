@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Tiny
+from tinies import Tiny
 
 pytest.importorskip("torch")
 

@@ -297,8 +297,8 @@ def test_a_cache_of_another_form(tiny: Callable[[str], Any]) -> None:
 
 def test_backends_say_what_they_have(pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     both = pair("clip-llama-gqa-bias")
-    assert (both.choice.backend, list(both.choice.passed_over)) == ("cpu", ["cuda"])
-    assert both.choice.passed_over["cuda"] == (
+    assert both.choice.tried == ("tensorrt", "cuda", "cpu")
+    assert both.choice.reasons["cuda"] == (
         "it has no KV cache in int8, only in float32, float16 (int8 was never tried on a GPU)"
     )
     with pytest.raises(InputError, match=r"No backend can run the part decoder here\. cuda: it has no KV cache in int8"):

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from edgevlm.bundle import Bundle, TensorInfo
 from edgevlm.errors import BundleError, InputError
-from edgevlm.runtimes import BACKENDS, PartSession, State, open_part
+from edgevlm.runtimes import BACKENDS, Model, PartSession, State, open_part
 from edgevlm.runtimes.base import BackendUnavailable
 
 PAIRS = {f"past_key_values.{i}.{w}": f"present.{i}.{w}" for i in range(2) for w in ("key", "value")}
@@ -25,7 +25,7 @@ PAIRS = {f"past_key_values.{i}.{w}": f"present.{i}.{w}" for i in range(2) for w 
 def opened(bundle: Path, part: str) -> PartSession:
     found = Bundle.open(bundle, check_files=False)
     session, choice = open_part(found.part_path(part), part, found.manifest.parts[part], backend="cpu", threads=1)
-    assert (choice.backend, choice.passed_over) == ("cpu", {})
+    assert (choice.chosen, choice.reasons) == ("cpu", {})
     return session
 
 
@@ -269,7 +269,7 @@ def test_a_mask_of_another_length_is_refused(reader: PartSession) -> None:
 
 def test_unknown_backend(bundle: Path) -> None:
     part = Bundle.open(bundle, check_files=False).manifest.parts["projector"]
-    with pytest.raises(InputError, match="no backend 'tpu'; there are cuda, cpu"):
+    with pytest.raises(InputError, match="no backend 'tpu'; there are tensorrt, cuda, cpu, and auto"):
         open_part(bundle / "onnx" / "projector.onnx", "projector", part, backend="tpu", threads=None)
 
 
@@ -281,8 +281,8 @@ def test_gpu_that_is_not_there(bundle: Path) -> None:
     ):
         open_part(path, "projector", part, backend="cuda", threads=None)
     _, choice = open_part(path, "projector", part, backend=None, threads=None)
-    assert choice.backend == "cpu"
-    assert "no CUDAExecutionProvider" in choice.passed_over["cuda"]
+    assert choice.chosen == "cpu"
+    assert "no CUDAExecutionProvider" in choice.reasons["cuda"]
 
 
 def test_silent_fallback_is_noticed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +294,11 @@ def test_silent_fallback_is_noticed(bundle: Path, monkeypatch: pytest.MonkeyPatc
         ort, "InferenceSession", lambda model, options, providers: session(model, options, ["CPUExecutionProvider"])
     )
     with pytest.raises(BackendUnavailable):
-        cuda.open(path, "projector", part, None)
+        cuda.open(path, "projector", part, Model())
     with pytest.raises(InputError, match="could not start"):
         open_part(path, "projector", part, backend="cuda", threads=None)
     _, choice = open_part(path, "projector", part, backend=None, threads=None)
-    assert (choice.backend, list(choice.passed_over)) == ("cpu", ["cuda"])
+    assert choice.tried == ("tensorrt", "cuda", "cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0b" + b"\xff" * 100])
