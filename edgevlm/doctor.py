@@ -21,7 +21,7 @@ __all__ = ["EXTRAS", "Finding", "examine", "missing_modules"]
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "quantize": ("onnx_ir", "ml_dtypes"),
-    "tensorrt-rtx": ("onnx_ir", "ml_dtypes", "tensorrt_rtx_bindings"),
+    "tensorrt-rtx": ("onnx_ir", "ml_dtypes", "tensorrt_rtx_bindings", "cuda.bindings"),
     "eval": ("matplotlib", "pycocoevalcap", "scipy"),
     "ray": ("ray",),
     "export": ("torch", "transformers", "onnx", "onnx_ir", "ml_dtypes", "onnxscript", "safetensors", "huggingface_hub"),
@@ -110,7 +110,14 @@ def _backends() -> list[Finding]:
 
 def missing_modules(extra: str) -> list[str]:
     """What an extra brings and is not installed."""
-    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    return [module for module in EXTRAS[extra] if not _is_there(module)]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def _extras() -> list[Finding]:
@@ -145,7 +152,11 @@ def _extras() -> list[Finding]:
 
 
 def _version(module: str) -> str:
-    other = {"onnxruntime": "onnxruntime-gpu", "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings"}.get(module, module)
+    other = {
+        "onnxruntime": "onnxruntime-gpu",
+        "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+        "cuda.bindings": "cuda-bindings",
+    }.get(module, module)
     for name in (module, module.replace("_", "-"), other):
         try:
             return metadata.version(name)

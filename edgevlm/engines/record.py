@@ -223,7 +223,8 @@ def _misfits(
     if key.device and key.device != host.device:
         yield f"tuned on {key.device}; this GPU is {host.device}"
     if capacity is not None and part == "decoder" and capacity > record.capacity:
-        yield f"its KV cache has {record.capacity:,} positions; {capacity:,} were asked for"
+        bound = f"capacity={record.capacity} bounds it"
+        yield f"its KV cache has {record.capacity:,} positions; {capacity:,} were asked for ({bound})"
     if visual_tokens is not None and visual_tokens > record.visual_tokens and _takes_pictures(bundle, part):
         yield (
             f"built for pictures of up to {record.visual_tokens:,} visual tokens; here they may take {visual_tokens:,} "

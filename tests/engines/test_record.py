@@ -77,7 +77,7 @@ def test_what_fits_is_found(opened: Bundle) -> None:
         ({"capabilities": ("sm86", "sm120")}, "built for sm86+sm120; this GPU is sm89"),
         ({"device": "Orin"}, "tuned on Orin; this GPU is NVIDIA GeForce RTX 4090"),
         ({"form": FORM + 1}, f"built in form {FORM + 1}, this EdgeVLM reads form {FORM}"),
-        ({"capacity": 32}, "its KV cache has 32 positions; 64 were asked for"),
+        ({"capacity": 32}, "its KV cache has 32 positions; 64 were asked for (capacity=32 bounds it)"),
         ({"size": 5}, "is truncated or replaced: it has 172 bytes, engine.json says 5"),
         ({"sha256": "0" * 64}, "is damaged: its sha256 is not the one in engine.json"),
     ],
