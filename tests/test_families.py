@@ -201,7 +201,7 @@ def test_half_precision_is_near(tiny: Callable[[str], Tiny], name: str) -> None:
 @pytest.mark.parametrize(("name", "recipe"), [
     (name, recipe) if (name, recipe) in (("flamingo-every-second", "int4"), ("blip2-t5-tied", "int8"))
     else pytest.param(name, recipe, marks=pytest.mark.slow)
-    for name in MECHANISMS for recipe in ("int8", "int4")
+    for name in MECHANISMS for recipe in ("int8", "int4") if recipe == "int8" or name in ("flamingo-every-second", "qwen-vl")
 ])  # fmt: skip
 def test_quantizing_on_export_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, recipe: str, tmp_path: Path) -> None:
     one = tiny(name)
@@ -211,7 +211,7 @@ def test_quantizing_on_export_gives_the_same_bytes(tiny: Callable[[str], Tiny], 
     assert [file for file in at_once if at_once[file] != later[file]] == []
 
 
-@configurations("instructblip-llama", of=MECHANISMS)
+@configurations("instructblip-llama", of=("instructblip-llama", "flamingo-every-second", "qwen2.5-vl-windows"))
 def test_the_same_checkpoint_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, tmp_path: Path) -> None:
     one = tiny(name)
     export_bundle(str(one.checkpoint), tmp_path / "again")

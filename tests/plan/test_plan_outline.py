@@ -27,6 +27,7 @@ from edgevlm.errors import (
 )
 from edgevlm.plan.outline import outline_bundle, outline_checkpoint, published
 from edgevlm.plan.run import outline_model
+from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.quant.recipe import Recipe, Rule
 
 EVERY = [
@@ -50,10 +51,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
-def test_a_checkpoint_weighs_what_its_bundle_weighs(tiny: Callable[[str], Tiny], name: str, recipe: str | None) -> None:
+def test_a_checkpoint_weighs_what_its_bundle_weighs(
+    tiny: Callable[[str], Tiny], name: str, recipe: str | None, tmp_path: Path
+) -> None:
     made = tiny(name)
     outline = outline_model(str(made.checkpoint), recipe=recipe, dtype="fp32")
-    manifest = Bundle.open(made.export(recipe=recipe) if recipe else made.bundle, check_files=False).manifest
+    folder = quantize_bundle(made.bundle, tmp_path / "bundle", recipe).folder if recipe else made.bundle
+    manifest = Bundle.open(folder, check_files=False).manifest
     assert set(outline.parts) == set(manifest.parts)
     assert outline.manifest.kv_cache == manifest.kv_cache
     assert outline.manifest.context_length == manifest.context_length
