@@ -1,5 +1,5 @@
-"""A GPU for tests, behind the same seam as the real one: memory is numpy behind made-up addresses, work waits in a queue until
-somebody synchronizes, and an engine runs its part's ONNX graph, in ONNX Runtime, over that memory.
+"""A GPU for tests, behind the same seam as the real one: memory is numpy, work waits in a queue until somebody
+synchronizes, and an engine runs its part's ONNX graph, in ONNX Runtime, over that memory.
 
 It finds use after free, double free, addresses and shapes that were not set, profiles that do not take a shape, and pinned
 memory that changes under a copy; it can be told to run out of memory, and to be lost.
@@ -31,7 +31,8 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class FakeDevice(Device):
     def __init__(self, driver: FakeDriver) -> None:
         super().__init__()
-        self.driver, self._next = driver, 0x10000
+        self.driver = driver
+        self._grave: list[np.ndarray] = []  # so that no address comes twice
         self.live: dict[int, np.ndarray] = {}
         self._freed: set[int] = set()
         self.pinned: list[np.ndarray] = []
@@ -68,8 +69,9 @@ class FakeDevice(Device):
         self.check()
         if self.used + size > self.driver.memory_size:
             raise DeviceError("The GPU's memory is full (fake). Load with a smaller capacity.")
-        address, self._next = self._next, self._next + -(-size // 256) * 256 + 4096
-        self.live[address] = np.full(size, 0xA5, np.uint8)
+        room = np.full(size + 256, 0xA5, np.uint8)
+        address = -(-room.ctypes.data // 256) * 256
+        self.live[address] = room[address - room.ctypes.data :][:size]
         return address
 
     def free(self, address: int) -> None:
@@ -78,7 +80,8 @@ class FakeDevice(Device):
         self._freed.add(address)
 
         def work() -> None:  # behind the work that uses it
-            self.live.pop(address, None)
+            if address in self.live:
+                self._grave.append(self.live.pop(address))
             self._freed.discard(address)
 
         self.queue.append(work)

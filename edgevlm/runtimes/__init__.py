@@ -10,7 +10,8 @@ from ..bundle import Part
 from ..errors import InputError
 from .base import Backend, BackendUnavailable, Memory, Model, PartSession, State, Tensor
 from .device import Rows
-from .ort import CPU, CUDA
+from .ort import CPU
+from .ort_cuda import CUDA
 from .tensorrt import TensorRT
 
 __all__ = [

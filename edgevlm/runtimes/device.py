@@ -28,6 +28,9 @@ _ITEM = {"bfloat16": 2}
 class Device(ABC):
     """One GPU with one stream. Not thread-safe. After `close`, or once it is lost, nothing works any more."""
 
+    stream: Any = 0
+    """The address of the stream, for libraries that queue their own work on it."""
+
     def __init__(self) -> None:
         self.lost: DeviceError | None = None
         self.closed = False

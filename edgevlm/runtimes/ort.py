@@ -1,8 +1,7 @@
-"""ONNX Runtime, on the CPU (`cpu`) and on NVIDIA GPUs (`cuda`).
+"""ONNX Runtime on the CPU (`cpu`), and what it is on a GPU, too: `ort_cuda`.
 
 The KV cache is bound in place: past and present are one buffer, so a step copies nothing. INT4 and INT8 weights are
-fused into `MatMulNBits` when a graph is loaded. The CUDA backend has the same code path, but could be built here only,
-not run: no machine with a GPU was at hand.
+fused into `MatMulNBits` when a graph is loaded.
 """
 
 from __future__ import annotations
@@ -16,23 +15,24 @@ import numpy as np
 
 from ..bundle import Part
 from ..errors import BundleError, MissingDependencyError
-from .base import Backend, BackendUnavailable, Memory, Model, PartSession, State, Tensor
+from .base import Backend, Memory, Model, PartSession, State, Tensor
 
-__all__ = ["CPU", "CUDA", "OLDEST"]
+__all__ = ["CPU", "OLDEST", "onnxruntime", "open_session", "outdated"]
 
 #: The first ONNX Runtime that runs a decoder, as (major, minor).
 OLDEST = (1, 25)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
+    """The module. Raises MissingDependencyError."""
     try:
-        import onnxruntime
+        import onnxruntime as found
     except ImportError as exc:
         raise MissingDependencyError(
             "No runtime is installed. `pip install 'edgevlm[cpu]'` brings ONNX Runtime for the CPU, `pip install "
             "'edgevlm[gpu]'` the one for NVIDIA GPUs; install one of the two, not both."
         ) from exc
-    return onnxruntime
+    return found
 
 
 class _OrtState(State):
@@ -48,21 +48,20 @@ class _OrtState(State):
         self._bind()
 
     def grow(self, capacity: int) -> None:
-        on_device = self._values if self._session.device != "cpu" else {}
         # They refer to every old buffer; without them, each is freed as soon as its successor is there.
         del self.binding, self._values
         for name, old in self._arrays.items():
             new = np.zeros((*old.shape[:2], capacity, *old.shape[3:]), old.dtype)
-            new[:, :, : self.capacity] = on_device[name].numpy() if on_device else old
+            new[:, :, : self.capacity] = old
             self._arrays[name] = new
         self.capacity = capacity
         self._bind()
 
     def _bind(self) -> None:
         """One binding for all steps until the buffers change: only the feeds are bound anew."""
-        ort = _onnxruntime()
+        ort = onnxruntime()
         self.binding = self._session.session.io_binding()
-        self._values = {name: ort.OrtValue.ortvalue_from_numpy(a, self._session.device, 0) for name, a in self._arrays.items()}
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in self._arrays.items()}
         for past, present in self._pairs.items():
             self.binding.bind_ortvalue_input(past, self._values[past])
             self.binding.bind_ortvalue_output(present, self._values[past])
@@ -85,7 +84,7 @@ class _OrtState(State):
 
 class _OrtMemory(Memory):
     def __init__(self, session: _OrtSession, names: Sequence[str], batch: int) -> None:
-        self._device, self.inputs = session.device, frozenset(names)
+        self.inputs = frozenset(names)
         self.length = self.version = 0
         self._arrays: dict[str, np.ndarray] = {}
         for name in names:
@@ -105,18 +104,18 @@ class _OrtMemory(Memory):
         )
 
     def _hold(self, arrays: dict[str, np.ndarray]) -> None:
-        ort = _onnxruntime()
+        ort = onnxruntime()
         self._arrays, self.length = arrays, next(iter(arrays.values())).shape[2]
         # A tensor without rows has no address that could be bound.
         rows = arrays.items() if self.length else ()
-        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in rows}
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in rows}
         self.version += 1
 
 
 class _OrtSession(PartSession):
-    def __init__(self, name: str, part: Part, session: Any, device: str) -> None:
+    def __init__(self, name: str, part: Part, session: Any) -> None:
         super().__init__(name, part)
-        self.session, self.device = session, device
+        self.session = session
         self._order = [output.name for output in session.get_outputs()]
 
     def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
@@ -145,48 +144,39 @@ class _OrtSession(PartSession):
         return {name: np.array(value.numpy()) for name, value in zip(names, values, strict=True)}
 
 
-class _OnnxRuntime(Backend):
-    provider: str
-    device: str
-
-    def unavailable(self) -> str | None:
-        ort = _onnxruntime()
-        if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
-            wanted = ".".join(map(str, OLDEST))
-            return f"onnxruntime {ort.__version__} has no TensorScatter: `pip install -U 'onnxruntime>={wanted}'`"
-        if self.provider in ort.get_available_providers():
-            return None
-        return f"the installed onnxruntime has no {self.provider} (`pip install 'edgevlm[gpu]'` in place of `[cpu]`)"
-
-    def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
-        ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # As many as this process may use; ONNX Runtime itself counts the machine's.
-        options.intra_op_num_threads = model.threads or len(os.sched_getaffinity(0))
-        # Each part has its own threads. Those that wait by spinning take the cores from the part whose turn it is, and from the
-        # robot's own program: see docs/benchmarks.md.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # 4: activations are quantized to int8 block by block; the fastest of the levels, at about 0.6 % error of a product.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        try:
-            session = ort.InferenceSession(str(path), options, providers=[self.provider])
-        except Exception as exc:  # ONNX Runtime's exceptions share no base class
-            raise BundleError(f"ONNX Runtime cannot load the part {name} ({path}): {exc}") from exc
-        # Asked for a GPU that it cannot use, ONNX Runtime falls back to the CPU without an error.
-        if session.get_providers()[0] != self.provider:
-            raise BackendUnavailable(f"{self.provider} could not start on this machine (driver, CUDA or cuDNN are missing)")
-        return _OrtSession(name, part, session, self.device)
+def outdated() -> str | None:
+    """Why the ONNX Runtime that is installed is too old, or None."""
+    ort = onnxruntime()
+    if tuple(int(n) for n in ort.__version__.split(".")[:2]) >= OLDEST:
+        return None
+    wanted = ".".join(map(str, OLDEST))
+    return f"onnxruntime {ort.__version__} has no TensorScatter: `pip install -U 'onnxruntime>={wanted}'`"
 
 
-class CPU(_OnnxRuntime):
-    name, provider, device = "cpu", "CPUExecutionProvider", "cpu"
+def open_session(path: Path, name: str, model: Model, provider: Any) -> Any:
+    """ONNX Runtime's session of a part on a provider: its name, or its name and options. Raises BundleError."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # As many as this process may use; ONNX Runtime itself counts the machine's.
+    options.intra_op_num_threads = model.threads or len(os.sched_getaffinity(0))
+    # Each part has its own threads. Those that wait by spinning take the cores from the part whose turn it is, and from the
+    # robot's own program: see docs/benchmarks.md.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # 4: activations are quantized to int8 block by block; the fastest of the levels, at about 0.6 % error of a product.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as exc:  # ONNX Runtime's exceptions share no base class
+        raise BundleError(f"ONNX Runtime cannot load the part {name} ({path}): {exc}") from exc
+
+
+class CPU(Backend):
+    name = "cpu"
     kv_dtypes = ("float32", "float16", "int8")
 
+    def unavailable(self) -> str | None:
+        return outdated()
 
-class CUDA(_OnnxRuntime):
-    name, provider, device = "cuda", "CUDAExecutionProvider", "cuda"
-    # Its TensorScatter is written for every type, so that int8 should run:
-    # https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/llm/tensorscatter.cc
-    kv_dtypes = ("float32", "float16")
-    kv_note = "int8 was never tried on a GPU"
+    def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
+        return _OrtSession(name, part, open_session(path, name, model, "CPUExecutionProvider"))

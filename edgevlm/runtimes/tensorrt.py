@@ -7,9 +7,8 @@ next one takes it; per token, logits alone come to the host. The step of one tok
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..errors import CapacityError, DeviceError, EngineError
 from .base import Backend, BackendUnavailable, Memory, Model, PartSession, State, Tensor
 from .cuda_device import CudaDriver
 from .device import Device, DeviceTensor, Driver, LoadedEngine, Rows
+from .device_session import DeviceMemory, DeviceSession
 
 __all__ = ["TensorRT"]
 
@@ -63,10 +63,10 @@ class TensorRT(Backend):
         raise BackendUnavailable("; ".join(dict.fromkeys(reasons)))
 
 
-class _Session(PartSession):
+class _Session(DeviceSession):
     def __init__(self, name: str, part: Part, record: EngineRecord, engine: LoadedEngine, device: Device) -> None:
-        super().__init__(name, part)
-        self.record, self.device, self._engine = record, device, engine
+        super().__init__(name, part, device)
+        self.record, self._engine = record, engine
         self.notes: list[str] = []
         device.reserve_scratch(engine.scratch)
         self._contexts = [engine.context(i) for i in range(len(record.key.profiles))]
@@ -82,25 +82,16 @@ class _Session(PartSession):
             raise CapacityError(
                 f"The engine of the part {self.name} has {self.record.capacity:,} positions; {capacity:,} were asked for."
             )
-        with self._failures():
+        with self.failures():
             return _State(self, pairs, batch)
-
-    def new_memory(self, names: Sequence[str], batch: int) -> Memory:
-        return _Memory(self, names, batch)
 
     def close(self) -> None:
         self._fixed.clear()
         self._contexts.clear()
         self._engine.close()
 
-    def _ready(self, name: str, feed: Tensor) -> Any:
-        """Tensors on the device stay as they are, and rows apart."""
-        if isinstance(feed, Rows) or (isinstance(feed, DeviceTensor) and feed.device is self.device):
-            return feed
-        return np.asarray(feed)
-
     def _run(self, feeds: dict[str, Any], state: State | None, memory: Memory | None) -> dict[str, Tensor]:
-        with self._failures():
+        with self.failures():
             if state is not None:
                 assert isinstance(state, _State)
                 return self._step(feeds, state, memory)
@@ -114,7 +105,7 @@ class _Session(PartSession):
     def _pass(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
         """One run without state: its outputs are new tensors."""
         context = self._contexts[self._profile({name: feed.shape for name, feed in feeds.items()})]
-        placed = {name: self._on_device(name, feed) for name, feed in feeds.items()}
+        placed = {name: self.on_device(name, feed) for name, feed in feeds.items()}
         for name, tensor in placed.items():
             context.set_input(name, tensor.shape, tensor.address)
         outputs = {name: DeviceTensor(self.device, context.shape(name), self.dtype(name)) for name in self.part.outputs}
@@ -127,7 +118,7 @@ class _Session(PartSession):
         """One run around the state: everything lies where it lay before, so the same shapes are the same graph."""
         tensors = {name: self._in_place(name, feed) for name, feed in feeds.items()} | state.read()
         if memory is not None:
-            assert isinstance(memory, _Memory)
+            assert isinstance(memory, DeviceMemory)
             tensors |= memory.tensors
         written = state.written()
         number = self._profile({name: tensor.shape for name, tensor in tensors.items()})
@@ -198,18 +189,10 @@ class _Session(PartSession):
         alike = alike and not any(isinstance(feed, Rows) for feed in feeds.values())
         return min(sizes) if sizes and alike else next(iter(feeds.values())).shape[0]
 
-    def _on_device(self, name: str, feed: Any) -> DeviceTensor:
-        dtype = self.dtype(name)
-        if isinstance(feed, DeviceTensor) and feed.dtype == dtype:
-            return feed
-        if isinstance(feed, Rows):
-            return self._joined(DeviceTensor(self.device, feed.shape, dtype), feed)
-        return DeviceTensor.of(self.device, np.asarray(feed), dtype)
-
     def _in_place(self, name: str, feed: Any) -> DeviceTensor:
         tensor = self._place(name, feed.shape)
         if isinstance(feed, Rows):
-            return self._joined(tensor, feed)
+            return self.joined(tensor, feed)
         tensor.put(feed, 0)
         return tensor
 
@@ -223,22 +206,6 @@ class _Session(PartSession):
             size = max(needed, DeviceTensor.size_of((most,), self.dtype(name)))
             held = self._fixed[name] = DeviceTensor(self.device, (size,), "uint8")
         return DeviceTensor(self.device, shape, self.dtype(name), held.buffer)
-
-    @staticmethod
-    def _joined(tensor: DeviceTensor, rows: Rows) -> DeviceTensor:
-        flat, row = tensor.reshape(-1, tensor.shape[-1]), 0
-        for block in rows.blocks:
-            flat.put(block, row)
-            row += len(block)
-        return tensor
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Says in which part the device failed."""
-        try:
-            yield
-        except DeviceError as exc:
-            raise exc.within(self.name) from exc
 
 
 class _State(State):
@@ -281,46 +248,6 @@ class _State(State):
     def _drop(self, key: Any) -> None:
         if (graph := self.graphs.pop(key)) is not None:
             self._session.device.drop(graph)
-
-
-class _Memory(Memory):
-    def __init__(self, session: _Session, names: Sequence[str], batch: int) -> None:
-        self._session, self.inputs, self.length = session, frozenset(names), 0
-        self._batch = batch
-        self.tensors: dict[str, DeviceTensor] = {}
-
-    def truncate(self, length: int) -> None:
-        if length < self.length:
-            self._hold([], length)
-
-    def append(self, *blocks: Mapping[str, Tensor]) -> None:
-        with self._session._failures():
-            self._hold(blocks, self.length)
-
-    def _hold(self, blocks: Sequence[Mapping[str, Tensor]], kept: int) -> None:
-        """The first `kept` rows and those of the blocks: new tensors, of which each head has its rows side by side."""
-        length = kept + sum(next(iter(block.values())).shape[2] for block in blocks)
-        held = {name: self._joined(name, [block[name] for block in blocks], kept, length) for name in self.inputs}
-        self.tensors, self.length = held, length
-
-    def _joined(self, name: str, blocks: Sequence[Tensor], kept: int, length: int) -> DeviceTensor:
-        session = self._session
-        _, heads, _, width = session.part.inputs[name].shape
-        assert isinstance(heads, int)
-        assert isinstance(width, int)
-        made = DeviceTensor(session.device, (self._batch, heads, length, width), session.dtype(name))
-        pieces = [(self.tensors[name], kept)] if kept else []
-        for block in blocks:
-            on_device = session._on_device(name, block)
-            pieces.append((on_device, on_device.shape[2]))
-        row = width * made.itemsize
-        at = 0
-        for tensor, rows in pieces:
-            session.device.copy(
-                made.address + at * row, tensor.address, rows * row, self._batch * heads, length * row, tensor.shape[2] * row
-            )
-            at += rows
-        return made
 
 
 def _within(shape: Sequence[int], profile: Profile, name: str) -> bool:
