@@ -7,6 +7,7 @@ memory that changes under a copy; it can be told to run out of memory, and to be
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import struct
@@ -32,9 +33,10 @@ class FakeDevice(Device):
     def __init__(self, driver: FakeDriver) -> None:
         super().__init__()
         self.driver = driver
-        self._grave: list[np.ndarray] = []  # so that no address comes twice
+        self._grave: list[Any] = []  # so that no address comes twice
         self.live: dict[int, np.ndarray] = {}
         self._freed: set[int] = set()
+        self.foreign: dict[int, np.ndarray] = {}
         self.pinned: list[np.ndarray] = []
         self.queue: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
@@ -56,10 +58,16 @@ class FakeDevice(Device):
             raise self.lost
 
     def bytes(self, address: int, size: int) -> np.ndarray:
-        for first, memory in self.live.items():
+        for first, memory in (*self.live.items(), *self.foreign.items()):
             if first <= address and address + size <= first + len(memory):
                 return memory[address - first : address - first + size]
         raise AssertionError(f"{size} bytes at {address:#x} are not allocated")
+
+    def lend(self, owner: Any, address: int, size: int) -> None:
+        """Memory of somebody else, who is held here: what is queued may still read it."""
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        self.foreign[address] = memory
+        self._grave.append(owner)
 
     @property
     def used(self) -> int:

@@ -36,13 +36,18 @@ class Posing(CUDA):
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake, enqueue = FakeDriver(), ort_cuda._Session._enqueue
+    fake, enqueue, found = FakeDriver(), ort_cuda._Session._enqueue, ort_cuda._Session._found
 
     def in_order(self: Any, binding: Any) -> None:
         self.device.synchronize()  # a GPU would go on behind what is queued
         enqueue(self, binding)
 
+    def lent(self: Any, name: str, value: Any) -> Any:
+        self.device.lend(value, value.data_ptr(), value.tensor_size_in_bytes())
+        return found(self, name, value)
+
     monkeypatch.setattr(ort_cuda._Session, "_enqueue", in_order)
+    monkeypatch.setattr(ort_cuda._Session, "_found", lent)
     others = {n: b for n, b in runtimes.BACKENDS.items() if n == "cpu"}
     monkeypatch.setattr(runtimes, "BACKENDS", {"cuda": Posing(fake)} | others)
     return fake
