@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,12 +33,25 @@ from .generate import Decoder, PrefixCache, Sampling, choose_token
 from .images import ImageProcessor, PixelRange, image_digest, load_image
 from .models import Embedded, family_by_name, parts_needed
 from .prompt import ChatTemplate, Prompt, PromptBuilder, Request, TextStream, Tokenizer, Video, normalize_request
-from .runtimes import Asked, Choice, Model, PartSession, Rows, Tensor, ask, open_part
+from .runtimes import (
+    Asked,
+    Choice,
+    Device,
+    DeviceFrame,
+    Model,
+    PartSession,
+    Rows,
+    Tensor,
+    ask,
+    frame_of,
+    open_part,
+)
 
 __all__ = ["VLM", "Piece", "Reply", "Seen", "Stream", "Timings"]
 
 #: Pictures whose features are kept, newest first. One of LLaVA-1.5-7B takes 9 MB.
 _KEPT_PICTURES = 8
+_FRAMES = itertools.count()
 
 
 @dataclass
@@ -157,7 +171,7 @@ class View:
     digest: str
     instruction: tuple[int, ...]
     known: dict[Hashable, Embedded] = field(default_factory=dict)
-    pixel_values: np.ndarray | None = None
+    pixel_values: Any = None
 
     @property
     def key(self) -> Hashable:
@@ -313,7 +327,8 @@ class VLM:
         """Answers.
 
         A string `prompt` with `images`, a list of pictures and strings in their order, or chat `messages`. A picture is
-        a PIL image, a uint8 array `[H, W, 3]`, a `pathlib.Path` (in `images` a string, too) or the bytes of a file; for models
+        a PIL image, a uint8 array `[H, W, 3]` (also by DLPack, or on the GPU that the model is on: docs/gpu.md), a
+        `pathlib.Path` (in `images` a string, too) or the bytes of a file; for models
         that take films, a `Video` stands wherever a picture may. Greedy unless `temperature` is above 0.
 
         Raises ImageError, PromptError, CapacityError or InputError before any work is done.
@@ -382,20 +397,45 @@ class VLM:
         return built, pictures
 
     def _load(self, source: Any) -> Any:
-        """A PIL picture, or a `Video` of PIL pictures."""
+        """A PIL picture, a `Video` of PIL pictures, or a frame on the GPU that is preprocessed already."""
         if not isinstance(source, Video):
-            return load_image(source)
+            return self._load_picture(source)
         if self._film_processor is None:
             raise PromptError(
                 f"a video was given, but a {self.bundle.manifest.family} model takes pictures only; give some of its frames "
                 "as pictures"
             )
-        frames = [load_image(frame) for frame in source.frames]  # type: ignore[arg-type]
+        frames = [self._load_picture(frame) for frame in source.frames]
+        if any(isinstance(frame, DeviceFrame) for frame in frames):
+            raise ImageError("the frames of a video are uint8 pictures; preprocessed ones on a GPU are taken by themselves")
         sizes = list(dict.fromkeys(frame.size for frame in frames))
         if len(sizes) > 1:
             shown = ", ".join(f"{w} x {h}" for w, h in sizes[:4])
             raise ImageError(f"the frames of the video have different sizes (width x height): {shown}; bring them to one size")
         return Video(frames, source.fps)
+
+    def _load_picture(self, source: Any) -> Any:
+        device = self._device
+        found = frame_of(source, int(device.stream) if device else 0)
+        if not isinstance(found, DeviceFrame):
+            return load_image(found)
+        if device is None:
+            raise ImageError(
+                "the frame lies on a GPU, and no part of this model does; give it as an array, or load with a GPU backend"
+            )
+        if not found.ready:
+            with self._lock:  # what is resized is resized on the host
+                return load_image(found.on(device).numpy())
+        size = self.bundle.manifest.parts["vision_encoder"].inputs["pixel_values"].shape[-2:]
+        if self._any_size or found.shape[1:] != size:
+            wanted = "uint8 [height, width, 3]" if self._any_size else f"[3, {size[0]}, {size[1]}], or uint8 [height, width, 3]"
+            raise ImageError(f"the frame on the GPU is {found.dtype} {list(found.shape)}; this model takes {wanted}")
+        return found
+
+    @property
+    def _device(self) -> Device | None:
+        """The GPU that parts of this model are on."""
+        return next(iter(self._model.devices.values()), None)
 
     def _processor_for(self, picture: Any) -> tuple[ImageProcessor, Any, int]:
         """What preprocesses a picture, a picture (or frame) of its size, and how many layers of patches there are."""
@@ -425,9 +465,12 @@ class VLM:
         side = patches.size * patches.merge
         return layers, height // side, width // side
 
-    def _pixels(self, picture: Any) -> np.ndarray:
+    def _pixels(self, picture: Any) -> Any:
         """float `[tiles or frames, 3, H, W]`."""
         processor, _, _ = self._processor_for(picture)
+        if isinstance(picture, DeviceFrame):
+            assert self._device is not None
+            return picture.on(self._device)[None]
         if isinstance(picture, Video):
             return np.stack([processor(frame) for frame in picture.frames])  # type: ignore[arg-type]
         return processor.cut(picture)
@@ -614,7 +657,9 @@ def _close(sessions: Mapping[str, PartSession], model: Model) -> None:
 
 
 def picture_digest(picture: Any) -> str:
-    """Stands for the pixels of a picture, or of all frames of a film."""
+    """Stands for the pixels of a picture, or of all frames of a film. Nobody looks at a frame on a GPU: it is like no other."""
+    if isinstance(picture, DeviceFrame):
+        return f"frame {next(_FRAMES)}"
     if not isinstance(picture, Video):
         return image_digest(picture)
     return "video " + hashlib.blake2b("".join(map(picture_digest, picture.frames)).encode(), digest_size=32).hexdigest()

@@ -9,14 +9,15 @@ from pathlib import Path
 from ..bundle import Part
 from ..errors import InputError
 from .base import Backend, BackendUnavailable, Memory, Model, PartSession, State, Tensor
-from .device import Rows
+from .device import Device, Rows
+from .frames import DeviceFrame, frame_of
 from .ort import CPU
 from .ort_cuda import CUDA
 from .tensorrt import TensorRT
 
 __all__ = [
-    "AUTO", "BACKENDS", "Asked", "Backend", "Choice", "Memory", "Model", "PartSession", "Rows", "State", "Tensor", "ask",
-    "open_part",
+    "AUTO", "BACKENDS", "Asked", "Backend", "Choice", "Device", "DeviceFrame", "Memory", "Model", "PartSession", "Rows",
+    "State", "Tensor", "ask", "frame_of", "open_part",
 ]  # fmt: skip
 
 BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (TensorRT(), CUDA(), CPU())}

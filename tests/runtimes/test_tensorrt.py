@@ -18,7 +18,7 @@ from tinies import Tiny
 
 from edgevlm import generate, runtimes
 from edgevlm.cli import main
-from edgevlm.errors import CapacityError, DeviceError, InputError
+from edgevlm.errors import CapacityError, DeviceError, ImageError, InputError
 from edgevlm.runtimes.tensorrt import TensorRT
 from edgevlm.vlm import VLM
 
@@ -301,3 +301,64 @@ def test_frames_of_the_fake_are_checked() -> None:
     device.clear(address, 16)
     with pytest.raises(AssertionError, match="are not allocated"):
         device.synchronize()
+
+
+# ------------------------------------------------------------------------------------- frames on the GPU
+
+
+class OnGPU:
+    """A frame in the memory of the stand-in, as cupy or PyTorch would hand it over."""
+
+    def __init__(self, device: FakeDevice, array: np.ndarray) -> None:
+        self.array = np.ascontiguousarray(array)
+        device.lend(self.array, self.array.ctypes.data, self.array.nbytes)
+
+
+class ByInterface(OnGPU):
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.array.shape, "typestr": self.array.dtype.str, "data": (self.array.ctypes.data, False), "version": 3
+        }  # fmt: skip
+
+
+class ByDLPack(OnGPU):
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        assert stream is not None
+        return self.array.__dlpack__()
+
+
+@pytest.mark.parametrize("kind", [ByInterface, ByDLPack])
+def test_frames_on_the_gpu(kind: type[OnGPU], small: Path, driver: FakeDriver) -> None:
+    vlm, cpu = load(small, backend="tensorrt", capacity=100), load(small, backend="cpu", capacity=100)
+    (device,) = driver.devices
+    expected = cpu.generate("How many cubes?", images=[A], max_new_tokens=TOKENS)
+    pixels = vlm._pixels(A)[0].astype(np.float32)
+    device.uploads.clear()
+    reply = vlm.generate("How many cubes?", images=[kind(device, pixels)], max_new_tokens=TOKENS)
+    assert reply.tokens == expected.tokens
+    assert max(device.uploads) < pixels.nbytes  # what there is are numbers and positions of tokens
+    device.downloads.clear()
+    reply = vlm.generate("How many cubes?", images=[kind(device, np.asarray(A))], max_new_tokens=TOKENS)
+    assert reply.tokens == expected.tokens
+    assert device.downloads[0] == A.width * A.height * 3  # once: it is resized on the host
+    with pytest.raises(ImageError, match=r"float32 \[3, 7, 9\]; this model takes \[3, "):
+        vlm.generate("What?", images=[kind(device, np.zeros((3, 7, 9), np.float32))])
+    with pytest.raises(ImageError, match=r"is (float64|.*float64 \[3, 8, 8\])"):
+        vlm.generate("What?", images=[kind(device, np.zeros((3, 8, 8)))])
+    with pytest.raises(ImageError, match="no part of this model"):
+        cpu.generate("What?", images=[kind(device, pixels)])
+
+
+def test_frames_on_the_host_by_dlpack(bundle: Path) -> None:
+    import torch
+
+    vlm = load(bundle, backend="cpu")
+    tensor = torch.from_numpy(np.array(A))
+    one, other = (vlm.generate("How many cubes?", images=[image], max_new_tokens=TOKENS) for image in (tensor, A))
+    assert one.tokens == other.tokens
+    with pytest.raises(ImageError):
+        vlm.generate("What?", images=[tensor.float()])
