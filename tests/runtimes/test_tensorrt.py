@@ -310,7 +310,7 @@ class OnGPU:
     """A frame in the memory of the stand-in, as cupy or PyTorch would hand it over."""
 
     def __init__(self, device: FakeDevice, array: np.ndarray) -> None:
-        self.array = np.ascontiguousarray(array)
+        self.array = np.array(array, order="C")  # NumPy hands no read-only one over
         device.lend(self.array, self.array.ctypes.data, self.array.nbytes)
 
 
