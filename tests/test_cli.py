@@ -60,6 +60,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 # ----------------------------------------------------------------------------------------- the whole path
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_whole_path(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, small = tmp_path / "new" / "bundle", tmp_path / "int4"
     assert call("export", "--model", checkpoint, "--output", bundle) == 0
@@ -99,6 +100,7 @@ def test_the_whole_path(checkpoint: Path, photo: Path, tmp_path: Path, capsys: p
     assert {part: choice["backend"] for part, choice in answer["backends"].items()} == dict.fromkeys(PARTS, "cpu")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_export_can_quantize_on_the_way(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "b"
     assert call("export", "--model", checkpoint, "--output", output, "--dtype", "fp16", "--quantize", "int8") == 0
@@ -388,6 +390,7 @@ def test_what_calibration_refuses(bundle: Path, photo: Path, tmp_path: Path, cap
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "made") == before
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_calibrated_on_export_or_later(
     checkpoint: Path, bundle: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,21 +199,25 @@ def test_half_precision_is_near(tiny: Callable[[str], Tiny], name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "recipe"), [
-    (name, recipe) if (name, recipe) in (("flamingo-every-second", "int4"), ("blip2-t5-tied", "int8"))
-    else pytest.param(name, recipe, marks=pytest.mark.slow)
-    for name in MECHANISMS for recipe in ("int8", "int4") if recipe == "int8" or name in ("flamingo-every-second", "qwen-vl")
+    ("flamingo-every-second", "int4"),
+    *((name, "int8") if name == "blip2-t5-tied" else pytest.param(name, "int8", marks=pytest.mark.slow) for name in MECHANISMS),
 ])  # fmt: skip
 def test_quantizing_on_export_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, recipe: str, tmp_path: Path) -> None:
+    """Of another trace, so that it says too that a trace does not depend on chance.
+
+    A recipe that looks at samples, like int4, goes one way for all families: a float bundle, quantized as it would be later.
+    """
     one = tiny(name)
     quantize_bundle(one.bundle, tmp_path / "later", recipe)
-    at_once, later = contents(one.export(recipe=recipe)), contents(tmp_path / "later")
+    export_bundle(str(one.checkpoint), tmp_path / "at-once", recipe=recipe)
+    at_once, later = contents(tmp_path / "at-once"), contents(tmp_path / "later")
     assert at_once.keys() == later.keys()
     assert [file for file in at_once if at_once[file] != later[file]] == []
 
 
-@configurations("instructblip-llama", of=("instructblip-llama", "flamingo-every-second", "qwen2.5-vl-windows"))
-def test_the_same_checkpoint_gives_the_same_bytes(tiny: Callable[[str], Tiny], name: str, tmp_path: Path) -> None:
-    one = tiny(name)
+def test_the_same_checkpoint_gives_the_same_bytes(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    """Graphs of every mechanism are compared above, and float weights are written in one way."""
+    one = tiny("instructblip-llama")
     export_bundle(str(one.checkpoint), tmp_path / "again")
     first, again = contents(one.bundle), contents(tmp_path / "again")
     assert first.keys() == again.keys()

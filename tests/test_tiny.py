@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 from tinies import Tiny
 from tiny import BLIP2S, FLAMINGOS, INSTRUCTBLIPS, LLAVAS, TinyFlamingo, TinyLlava, load_tiny
+from traces import remembering
 
 pytest.importorskip("transformers")
 
@@ -93,3 +97,27 @@ def test_each_picture_of_flamingo_counts(tiny: Callable[[str], Tiny], name: str)
     np.testing.assert_array_equal(kept[place == 0], second[place == 0])
     assert np.abs(kept - first).max() > 0.1
     assert np.abs(kept - second).max() > 0.1
+
+
+def test_a_trace_that_is_kept_is_the_trace(
+    tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one of another model is none: the last export has another epsilon, which is in no shape and no weight."""
+    from edgevlm.export import trace
+    from edgevlm.export.export import export_bundle
+
+    made: list[str] = []
+    real = trace.trace_part
+    monkeypatch.setattr(trace, "trace_part", remembering(lambda fake, spec: made.append(spec.name) or real(fake, spec)))
+    checkpoint = Path(shutil.copytree(tiny("clip-llama").checkpoint, tmp_path / "checkpoint"))
+    wanted = {path.name: path.read_bytes() for path in (tiny("clip-llama").bundle / "onnx").iterdir()}
+    for _ in range(2):
+        export_bundle(str(checkpoint), tmp_path / "bundle", force=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "bundle" / "onnx").iterdir()} == wanted
+        before, made[:] = set(made), []
+    assert before == set()
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["rms_norm_eps"] = 0.01
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    export_bundle(str(checkpoint), tmp_path / "other")
+    assert "decoder" in made

@@ -23,6 +23,7 @@ from tiny import (
 from tiny_internvl_chat import TinyInternVLChat
 from tiny_qwen2_vl import TinyQwen2VL
 from tiny_qwen_vl import TinyQwenVL
+from traces import traced_once
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,24 @@ class Tiny:
         return self.export()
 
     def export(self, dtype: str = "fp32", recipe: Any = None) -> Path:
-        """An export of the checkpoint; tests read it only."""
+        """An export of the checkpoint, quantized behind it if there is a recipe; tests read it only.
+
+        Quantizing on the way would give the same bytes (`test_families`), and trace the model again.
+        """
         from edgevlm.export.export import export_bundle
+        from edgevlm.quant.quantize import quantize_bundle
 
         name = recipe if isinstance(recipe, str) else getattr(recipe, "name", "float")
-        checkpoint, path = self.checkpoint, self.folder / f"bundle-{dtype}-{name}"
+        path = self.folder / f"bundle-{dtype}-{name}"
+        source = self.checkpoint if recipe is None else self.export(dtype)
         with self._alone():
-            if not path.exists():
-                export_bundle(str(checkpoint), path, dtype=dtype, recipe=recipe)
+            if path.exists():
+                return path
+            if recipe is not None:
+                quantize_bundle(source, path, recipe)
+            else:
+                with traced_once():
+                    export_bundle(str(source), path, dtype=dtype)
         return path
 
     @contextlib.contextmanager

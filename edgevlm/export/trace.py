@@ -11,6 +11,7 @@ It knows nothing of families, of bundles, or of where weights come from.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import sys
@@ -23,6 +24,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx.ops import symbolic
 from transformers.initialization import no_init_weights
 
@@ -137,6 +139,9 @@ def _quiet() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------- tracing
 
+#: `torch.onnx.export` reads how each of PyTorch's operators is written in ONNX anew for every part, half a second each.
+_operators = functools.cache(ONNXRegistry.from_torchlib)
+
 
 def trace_part(fake: FakeModel, spec: PartSpec) -> ir.Model:
     """The part as an ONNX graph. Initializers that are parameters have no value, and their name as metadata.
@@ -153,7 +158,8 @@ def trace_part(fake: FakeModel, spec: PartSpec) -> ir.Model:
             torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=getattr(torch, dtype))
             for shape, dtype in spec.inputs.values()
         )
-    with torch.no_grad(), one_node_each(spec.module), _quiet(), fake.mode:
+    once = _patched(ONNXRegistry, "from_torchlib", staticmethod(_operators))
+    with torch.no_grad(), one_node_each(spec.module), _quiet(), once, fake.mode:
         program = torch.onnx.export(
             spec.module.eval(), arguments, dynamo=True, optimize=False, verbose=False, opset_version=OPSET,
             dynamic_shapes=_dynamic_shapes(spec), input_names=list(spec.inputs), output_names=list(spec.outputs),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
@@ -30,7 +29,6 @@ from edgevlm.engines.plan import read_plan_header
 from edgevlm.engines.record import Host, find_engine, read_records
 from edgevlm.engines.target import LocalGPU
 from edgevlm.errors import EngineError, InputError, MissingDependencyError, OutputError
-from edgevlm.export.export import export_bundle
 from edgevlm.graphs import load_graph
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.quant.recipe import Recipe, Rule
@@ -82,25 +80,12 @@ def small(tiny: Callable[[str], Any], tmp_path: Path) -> Path:
     return copied(tiny("clip-llama").bundle, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def float_bundle(tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The float export of a shipped or a tiny model."""
-
-    @functools.cache
-    def exported(name: str) -> Path:
-        if not name.startswith("demo/"):
-            bundle: Path = tiny(name).bundle
-            return bundle
-        return export_bundle(name, tmp_path_factory.mktemp("demo") / "bundle").folder
-
-    return exported
-
-
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_every_part_of_every_family(
-    name: str, recipe: str | Recipe | None, float_bundle: Callable[[str], Path], tmp_path: Path
+    name: str, recipe: str | Recipe | None, shipped: Callable[[str], Path], tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    folder = copied(float_bundle(name), tmp_path, recipe)
+    source = shipped(name.removeprefix("demo/")) if name.startswith("demo/") else tiny(name).bundle
+    folder = copied(source, tmp_path, recipe)
     built = by_part(build_engines(folder, "rtx", capacity=64))
     bundle = Bundle.open(folder)  # whose own files are as they were
     assert set(built) == set(bundle.manifest.parts)

@@ -36,6 +36,10 @@ from edgevlm.export.trace import PARAMETER
 from edgevlm.models import PartSpec
 from edgevlm.models import llava as family
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+TESTS = Path(__file__).parent.parent
+
 
 @pytest.fixture
 def broken(checkpoint: Path, tmp_path: Path) -> Path:
@@ -393,6 +397,11 @@ from edgevlm.bundle import Bundle
 from edgevlm.export.export import export_bundle
 
 checkpoint, output = sys.argv[1], Path(sys.argv[2])
+sys.path.append(sys.argv[3])
+from traces import remembering
+
+edgevlm.export.trace.trace_part = remembering(edgevlm.export.trace.trace_part)
+export_bundle(checkpoint, output.parent.parent / "first")  # whose traces the processes forked below have
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -424,7 +433,7 @@ Bundle.open(output)
 def test_killed_exports_leave_no_bundle_and_are_tidied_up(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "place" / "bundle"
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(checkpoint), str(output)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", KILLED, str(checkpoint), str(output), str(TESTS)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     # Another process, another hash seed: the same bytes.

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from packing import Layer, Layout, pack, pack_checkpoint, quantization_config, quantize
+from traces import traced_once
 
 pytest.importorskip("torch")
 import onnx_ir as ir
@@ -33,6 +34,8 @@ from edgevlm.graphs import load_graph, part_record, save_graph
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.tensors import read_safetensors_index
 from edgevlm.verify import verify_bundle
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 AWQ, GPTQ, TENSORS = "awq", "gptq", "compressed-tensors"
 LAYOUTS = [
@@ -326,7 +329,8 @@ def awq(tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) ->
     """A folder with `packed`, a LLaVA as AutoAWQ writes it, `plain`, the same in float, and its `bundle`."""
     folder = tmp_path_factory.mktemp("awq")
     pack_checkpoint(tiny("clip-llama").checkpoint, folder / "packed", folder / "plain", Layout(AWQ, "gemm"))
-    export_bundle(str(folder / "packed"), folder / "bundle")
+    with traced_once():
+        export_bundle(str(folder / "packed"), folder / "bundle")
     return folder
 
 

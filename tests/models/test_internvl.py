@@ -24,6 +24,8 @@ from edgevlm.models import internvl
 from edgevlm.verify import TOKENS, verify_bundle
 from edgevlm.vlm import VLM
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 NAME = "internvl-qwen2"
 
 

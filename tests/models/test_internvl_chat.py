@@ -30,7 +30,7 @@ from edgevlm.prompt import ChatTemplate, ImagePart, Message, TextPart
 from edgevlm.verify import TOKENS, verify_bundle
 from edgevlm.vlm import VLM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once")
 
 QWEN2, HALF, RMS, INTERNLM2 = (tiny.name for tiny in INTERNVL_CHATS)
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"

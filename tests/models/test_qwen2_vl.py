@@ -32,7 +32,7 @@ from edgevlm.models import qwen2_vl
 from edgevlm.prompt import Prompt, normalize_request
 from edgevlm.vlm import VLM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once")
 
 OLD, NEW = "qwen2-vl", "qwen2.5-vl"
 NAMES = [tiny.name for tiny in QWEN2_VLS if tiny.generation < 3]

@@ -34,7 +34,7 @@ from edgevlm.models.qwen_vl_modules import (  # noqa: E402
 )
 
 CHAT, BASE, ODD, TWO_HEADS = QWEN_VLS
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once")
 
 
 # ---------------------------------------------------------------------------------------------- by hand

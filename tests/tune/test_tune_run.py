@@ -422,6 +422,7 @@ def test_two_at_once(float_bundle: str, tmp_path: Path, world: World) -> None:
         tune(float_bundle, tmp_path / "out", SPEC, stage=begins_another)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_model_is_exported_once(
     tiny: Callable[[str], Any], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
