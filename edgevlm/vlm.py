@@ -18,6 +18,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,6 +220,8 @@ class VLM:
         manifest = bundle.manifest
         self._sessions, self._model = sessions, model or Model()
         self._failed: DeviceError | None = None
+        # What nobody closes is closed when nobody has it any more.
+        weakref.finalize(self, self._model.close)
         self._closed = False
         self._family = family_by_name(manifest.family)
         self._processor, self._film_processor = processors

@@ -72,7 +72,7 @@ def make_ray_engine(
     """An engine on the cluster at `address` (`host:port`, `ray://…` or "auto"), or at `RAY_ADDRESS`, or on one of this
     machine's own that lives as long as the work, with `workers` processes (default: one for every `threads` cores).
 
-    A task takes as many cores as its shard's settings have threads (one without), and one GPU for the backend "cuda".
+    A task takes as many cores as its shard's settings have threads (one without), and one GPU for the backends "cuda" and "tensorrt".
 
     The engine raises `ClusterError` where no cluster answers, none of its machines is large enough, or a shard was lost too
     often; `BundleError` or `InputError` for files that a machine lacks; what the work raises, as the same class where it is
@@ -95,7 +95,8 @@ def _cores(shard: Shard) -> int:
 
 
 def _gpus(shard: Shard) -> int:
-    return 1 if shard.settings.backend == "cuda" else 0
+    """A backend may be asked for by part."""
+    return int(any(gpu in (shard.settings.backend or "") for gpu in ("cuda", "tensorrt")))
 
 
 # ------------------------------------------------------------------------------------------------- cluster
@@ -169,8 +170,9 @@ def _check_room(ray: Any, shards: Sequence[Shard]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cores and node.get("GPU", 0) >= gpus for node in nodes):
         have = "; ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes) or "no machine"
+        asked = shards[0].settings.backend or "auto"
         raise ClusterError(
-            f"A worker takes {cores} cores (--threads) and {gpus} GPUs (--backend cuda), which no machine of the Ray cluster "
+            f"A worker takes {cores} cores (--threads) and {gpus} GPUs (--backend {asked}), which no machine of the Ray cluster "
             f"has: {have}."
         )
 

@@ -16,7 +16,7 @@ from ..models import aliases
 from ..tensors import WeightEntry, read_safetensors_index
 from .packed import PackedWeight, Quantization, find_older_quantization, find_quantization, split_packed
 
-__all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint", "read_weights"]
+__all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint", "read_object", "read_weights"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -38,6 +38,17 @@ class Checkpoint:
     packed: dict[str, PackedWeight] = field(default_factory=dict)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no object.")
+    return found
+
+
 def open_checkpoint(model: str) -> Checkpoint:
     """Raises CheckpointNotFoundError, CheckpointError (no `config.json`), UnsupportedModelError (quantized in a way that is not
     known here), or WeightsError; each says what to do."""
@@ -50,12 +61,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             else ""
         )
         raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it has no config.json.{remedy}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no object.")
+    config = read_object(path)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise CheckpointError(f"{path} has the 'architectures' {architectures!r}; it is a list of names.")

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..errors import CheckpointError, CheckpointNotFoundError, InputError, ManifestError, UnsupportedModelError
+from ..export.checkpoint import read_object
 from ..images import ImageProcessor
 from ..models import PartSpec, aliases, family_by_name, family_for_config, parts_needed
 from ..quant.recipe import BLOCKS, Recipe
@@ -278,12 +279,7 @@ def outline_checkpoint(model: str, dtype: str) -> Outline:
         if not path.is_file():
             what = "neither a bundle (edgevlm.json) nor a checkpoint (config.json)"
             raise CheckpointError(f"{folder} is {what}: it has none of these files.")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as exc:
-            raise CheckpointError(f"{path} is not JSON: {exc}.") from exc
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path} holds no object.")
+        config = read_object(path)
         if config.get("quantization_config"):
             raise UnsupportedModelError(
                 f"{name} is quantized already; what it takes is known when it is exported: plan the bundle, or the float model."

@@ -3,6 +3,7 @@ are, and each reason for passing it over is said."""
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,16 @@ def test_what_the_profiles_do_not_take(small: Path, driver: FakeDriver, monkeypa
     vlm = load(small, backend="tensorrt", capacity=256)
     with pytest.raises(CapacityError, match=r"The engine of the part vision_encoder takes 'pixel_values' from .* it was given"):
         vlm._run("vision_encoder", {"pixel_values": np.zeros((0, *vlm._pixels(A).shape[1:]), np.float32)})
+
+
+def test_what_nobody_closes_is_closed_when_it_is_gone(small: Path, driver: FakeDriver) -> None:
+    vlm = load(small, backend="tensorrt", capacity=100)
+    vlm.generate("How many cubes?", images=[A], max_new_tokens=2)
+    (device,) = driver.devices
+    del vlm
+    gc.collect()
+    assert device.closed
+    assert device.used == 0
 
 
 def test_nothing_grows(small: Path, driver: FakeDriver) -> None:
