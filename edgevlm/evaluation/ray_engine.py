@@ -172,8 +172,8 @@ def _check_room(ray: Any, shards: Sequence[Shard]) -> None:
         have = "; ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes) or "no machine"
         asked = shards[0].settings.backend or "auto"
         raise ClusterError(
-            f"A worker takes {cores} cores (--threads) and {gpus} GPUs (--backend {asked}), which no machine of the Ray cluster "
-            f"has: {have}."
+            f"A worker takes {cores} cores (--threads) and {gpus} GPUs (--backend {asked}), which no machine of the Ray "
+            f"cluster has: {have}."
         )
 
 
