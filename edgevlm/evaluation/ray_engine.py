@@ -72,7 +72,7 @@ def make_ray_engine(
     """An engine on the cluster at `address` (`host:port`, `ray://…` or "auto"), or at `RAY_ADDRESS`, or on one of this
     machine's own that lives as long as the work, with `workers` processes (default: one for every `threads` cores).
 
-    A task takes as many cores as its shard's settings have threads (one without), and one GPU for the backends "cuda" and "tensorrt".
+    A task takes as many cores as its shard's settings have threads (one without), and one GPU for "cuda" and "tensorrt".
 
     The engine raises `ClusterError` where no cluster answers, none of its machines is large enough, or a shard was lost too
     often; `BundleError` or `InputError` for files that a machine lacks; what the work raises, as the same class where it is
