@@ -101,7 +101,8 @@ def _backends() -> list[Finding]:
         except MissingDependencyError as exc:
             findings.append(Finding(f"backend {name}", "no runtime installed", False, str(exc)))
             continue
-        found = "usable" if reason is None else f"not usable: {reason}"
+        details = backend.details() if reason is None else ""
+        found = f"usable{details and f': {details}'}" if reason is None else f"not usable: {reason}"
         caches = f"KV cache in {', '.join(backend.kv_dtypes)}{f' ({backend.kv_note})' if backend.kv_note else ''}"
         # A GPU that is missing is no fault of a CPU box.
         findings.append(Finding(f"backend {name}", f"{found}; {caches}", True if reason is None else None))

@@ -152,6 +152,10 @@ class Backend(ABC):
     def unavailable(self) -> str | None:
         """Why this backend cannot be used on this machine, or None."""
 
+    def details(self) -> str:
+        """What a usable backend runs on, for people."""
+        return ""
+
     @abstractmethod
     def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
         """Opens a part. Raises BundleError where the file is broken, BackendUnavailable where the device is not usable."""

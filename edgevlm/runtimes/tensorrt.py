@@ -8,6 +8,7 @@ next one takes it; per token, logits alone come to the host. The step of one tok
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ class TensorRT(Backend):
         hosts = self.driver.hosts()
         return hosts if isinstance(hosts, str) else None
 
+    def details(self) -> str:
+        hosts = self.driver.hosts()
+        assert not isinstance(hosts, str)
+        return "; ".join(f"{h.flavour} {h.version} on {h.device} ({h.capability})" for h in hosts.values())
+
     def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
         if model.bundle is None:
             raise BackendUnavailable("a part by itself has no engines; they belong to a bundle")
@@ -67,7 +73,7 @@ class _Session(DeviceSession):
     def __init__(self, name: str, part: Part, record: EngineRecord, engine: LoadedEngine, device: Device) -> None:
         super().__init__(name, part, device)
         self.record, self._engine = record, engine
-        self.notes: list[str] = []
+        self.graphs = True
         device.reserve_scratch(engine.scratch)
         self._contexts = [engine.context(i) for i in range(len(record.key.profiles))]
         self._fixed: dict[str, DeviceTensor] = {}  # inputs and outputs of steps, which keep their addresses
@@ -124,7 +130,7 @@ class _Session(DeviceSession):
         number = self._profile({name: tensor.shape for name, tensor in tensors.items()})
         key = (number, *((tensor.shape, tensor.address) for tensor in (*tensors.values(), *written.values())))
         # Only the shapes of single tokens come again and again.
-        repeats = number == len(self._contexts) - 1 and not self.notes
+        repeats = number == len(self._contexts) - 1 and self.graphs
         if repeats and state.graphs.get(key) is not None:
             self.device.launch(state.graphs[key])
             outputs = state.outputs
@@ -155,7 +161,8 @@ class _Session(DeviceSession):
         except DeviceError as exc:
             if self.device.lost:
                 raise
-            self.notes.append(f"no CUDA graph for the part {self.name}: {exc}")
+            self.graphs = False
+            warnings.warn(f"The part {self.name} runs without a CUDA graph, slower: {exc}", RuntimeWarning, stacklevel=2)
             return False
         return True
 
