@@ -97,7 +97,7 @@ def test_the_whole_path(checkpoint: Path, photo: Path, tmp_path: Path, capsys: p
     assert answer["tokens_per_second"] > 0
     assert answer["timings"]["prompt_tokens"] > 16
     assert {"vision", "prefill", "decode", "first_token", "reused_tokens", "reused_images"} <= set(answer["timings"])
-    assert {part: choice["backend"] for part, choice in answer["backends"].items()} == dict.fromkeys(PARTS, "cpu")
+    assert {part: choice["chosen"] for part, choice in answer["backends"].items()} == dict.fromkeys(PARTS, "cpu")
 
 
 @pytest.mark.usefixtures("traced_once")
