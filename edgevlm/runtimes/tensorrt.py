@@ -63,7 +63,9 @@ class TensorRT(Backend):
             try:
                 device = model.device(self.driver)
                 engine = self.driver.load(device, flavour, found.path)
-                return _Session(name, part, found.record, engine, device)
+                session = _Session(name, part, found.record, engine, device)
+                session.check_room()
+                return session
             except (DeviceError, EngineError) as exc:
                 reasons.append(f"{found.target}: {str(exc).rstrip('.')}")
         raise BackendUnavailable("; ".join(dict.fromkeys(reasons)))
@@ -82,6 +84,21 @@ class _Session(DeviceSession):
         """What a tensor has in the plan."""
         info = self.part.inputs.get(name) or self.part.outputs[name]
         return self.record.dtypes.get(name, info.dtype)
+
+    def check_room(self) -> None:
+        """Raises DeviceError where the KV cache will not fit: while loading, another backend may still be taken."""
+        pasts = [name for name in self.part.inputs if name.startswith("past_key_values.")]
+        sizes = {"batch_size": 1, "capacity": self.record.capacity}
+        shapes = {n: [sizes[d] if isinstance(d, str) else d for d in self.part.inputs[n].shape] for n in pasts}
+        places = 1 if self.record.aliases else 2
+        needed = places * sum(DeviceTensor.size_of(shape, self.dtype(name)) for name, shape in shapes.items())
+        free, _ = self.device.memory()
+        if needed > free:
+            self.close()
+            raise DeviceError(
+                f"the KV cache of {self.record.capacity:,} positions takes {needed / 1e9:,.2f} GB of the GPU's memory, and "
+                f"{free / 1e9:,.2f} GB are free: build with a smaller --capacity"
+            )
 
     def new_state(self, pairs: Mapping[str, str], batch: int, capacity: int) -> State:
         if capacity > self.record.capacity:

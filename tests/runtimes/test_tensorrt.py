@@ -215,6 +215,17 @@ def test_out_of_memory_at_load(small: Path, driver: FakeDriver) -> None:
     assert "The GPU's memory is full" in reason(small, capacity=100)
 
 
+def test_no_room_for_the_cache_at_load(small: Path, driver: FakeDriver) -> None:
+    probe = load(small, capacity=100, backend={"decoder": "cpu"})
+    driver.memory_size = driver.devices[-1].used + 200_000  # the decoder's plan, and not its cache
+    probe.close()
+    said = reason(small, capacity=100)
+    assert said.startswith("rtx-4090: the KV cache of 256 positions takes 0.00 GB of the GPU's memory, and")
+    vlm = load(small, capacity=100)
+    assert {part for part, choice in vlm.backends.items() if choice.chosen == "cpu"} == {"decoder"}
+    assert vlm.generate("How many?", images=[A], max_new_tokens=2).tokens
+
+
 def test_a_backend_or_part_that_there_is_not(small: Path, driver: FakeDriver) -> None:
     with pytest.raises(InputError, match="no backend 'tpu'; there are tensorrt, cuda, cpu, and auto"):
         load(small, backend={"decoder": "tpu"})
