@@ -17,14 +17,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__
+from .bundle import Bundle
 from .errors import EdgeVLMError, InputError, MissingDependencyError
 from .tables import describe_box, describe_picture, describe_seen, make_console, print_engines, print_parts, print_report
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
 
 __all__ = ["build_parser", "main"]
 
@@ -251,6 +249,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--weights", action="store_true", help="list the float weights instead, by the names that recipes use")
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("bench", _bench, "Measure how fast a bundle answers here, and how near that is to what the machine can do.")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--prompt-tokens", type=int, metavar="N", help="least length of the prompt, pictures included")
+    sub.add_argument("--new-tokens", type=int, default=64, metavar="N", help="length of each answer (default: 64)")
+    sub.add_argument("--images", type=int, default=1, metavar="N", help="new pictures in each question (default: 1)")
+    sub.add_argument("--resolution", metavar="WxH", help="their size in pixels (default: what the model takes)")
+    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="questions that count (default: 5)")
+    sub.add_argument("--backend", metavar="B", help="as for run")
+    sub.add_argument("--threads", type=int, metavar="N", help="cores that each part may use (default: all)")
+    sub.add_argument("--json", action="store_true", help="print the record as JSON")
 
     sub = command("doctor", _doctor, "Show what this machine offers, what is missing, and how to get it.")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -585,6 +594,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print_plan(made, make_console())
     return 0 if made.memory.fits else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import measure_bundle, print_bench
+    from .plan.run import parse_resolution
+
+    with _counting() as (_, count):
+        made = measure_bundle(
+            arguments.bundle, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, images=arguments.images,
+            size=parse_resolution(arguments.resolution), rounds=arguments.rounds, backend=arguments.backend,
+            threads=arguments.threads, count=count,
+        )  # fmt: skip
+    Bundle.open(arguments.bundle, check_files=False).report("bench", made.to_dict())
+    if arguments.json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print_bench(made, make_console())
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

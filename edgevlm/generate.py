@@ -168,6 +168,8 @@ class Sampling:
     top_k: int | None = None
     seed: int | None = None
     max_new_tokens: int = 128
+    ignore_stop: bool = False
+    """Go on where the model would end its answer."""
 
     def __post_init__(self) -> None:
         if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:

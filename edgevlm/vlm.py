@@ -326,19 +326,21 @@ class VLM:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        ignore_stop: bool = False,
     ) -> Reply:
         """Answers.
 
         A string `prompt` with `images`, a list of pictures and strings in their order, or chat `messages`. A picture is
         a PIL image, a uint8 array `[H, W, 3]` (also by DLPack, or on the GPU that the model is on: docs/gpu.md), a
         `pathlib.Path` (in `images` a string, too) or the bytes of a file; for models
-        that take films, a `Video` stands wherever a picture may. Greedy unless `temperature` is above 0.
+        that take films, a `Video` stands wherever a picture may. Greedy unless `temperature` is above 0. `ignore_stop` goes
+        on where the model would end (to measure).
 
         Raises ImageError, PromptError, CapacityError or InputError before any work is done.
         """
         return self.stream(
             prompt, images=images, messages=messages, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, ignore_stop=ignore_stop,
         ).reply  # fmt: skip
 
     def stream(
@@ -352,10 +354,11 @@ class VLM:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        ignore_stop: bool = False,
     ) -> Stream:
         """As `generate`, piece by piece. The request is checked here; the work begins with the first piece."""
         called = time.perf_counter()
-        sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
+        sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens, ignore_stop)
         built, pictures = self._read_request(normalize_request(prompt, images, messages))
         timings = Timings(prompt_tokens=len(built.ids))
         seen = tuple(self._seen(picture) for picture in pictures)
@@ -381,6 +384,16 @@ class VLM:
                     raise
 
         return Stream(pieces(), result, timings)
+
+    def count_tokens(
+        self,
+        prompt: str | Sequence[object] | None = None,
+        *,
+        images: Sequence[object] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+    ) -> int:
+        """How long a request's prompt is, pictures included. Takes and raises what `generate` does."""
+        return len(self._read_request(normalize_request(prompt, images, messages))[0].ids)
 
     # ------------------------------------------------------------------------------------------- inside
 
@@ -628,7 +641,7 @@ class VLM:
         timings.first_token = 1e3 * (first_at - called)
         tokens: list[int] = result["tokens"]
         while True:
-            if token in self._stop:
+            if token in self._stop and not sampling.ignore_stop:
                 result["finish_reason"] = "stop"
                 break
             tokens.append(token)

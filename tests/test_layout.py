@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "bundle": {"errors"},
     "graphs": {"bundle", "errors", "tensors"},
     "models": {"bundle", "errors", "images", "prompt"},
-    "runtimes": {"bundle", "engines", "errors"},
+    "kernels": set(),
+    "runtimes": {"bundle", "engines", "errors", "kernels"},
     # What runs bundles is above `quant`; it knows the default calibration set, and nothing else of it.
     "quant": {"bundle", "calibration", "errors", "graphs", "tensors"},
     "calibration": {"bundle", "errors", "images", "prompt", "runtimes", "scenes", "vlm"},
@@ -108,7 +109,7 @@ def test_direction_of_imports(module: str) -> None:
         assert "cli" not in known
 
 
-ROBOT = {"runtimes", "generate", "images", "prompt", "vlm", "boxes", "bundle", "errors"}
+ROBOT = {"kernels", "runtimes", "generate", "images", "prompt", "vlm", "boxes", "bundle", "errors"}
 #: Of the engines, what finds and loads them; what builds them is the workshop's.
 ROBOT_ENGINES = {f"engines{name}" for name in ("", ".plan", ".profiles", ".record", ".target", ".tensorrt")}
 

@@ -16,7 +16,7 @@ from ..generate import CHUNK
 from ..targets import Target
 from .outline import Outline, Sight
 
-__all__ = ["Speed", "predict_speed"]
+__all__ = ["Speed", "decoder_operations", "predict_speed", "token_bytes", "vision_operations"]
 
 
 @dataclass(frozen=True)
@@ -85,27 +85,32 @@ def predict_speed(
     decoder = outline.parts["decoder"]
     read = decoder.size - decoder.tables
     if rate:
-        rows = context * outline.bytes_per_token
-        cross = outline.manifest.cross_attention
-        if cross is not None:
-            rows += outline.cross_bytes_per_row * (context if cross.source == "prompt" else sight.images * cross.places)
-        decode = (read + rows) / rate + outline.decoder.layers * shares.layer
+        decode = token_bytes(outline, context, sight) / rate + outline.decoder.layers * shares.layer
     if rate and peak:
         share = shares.products.get(compute or _form(decoder.stored), min(shares.products.values()))
-        products = max(_decoder_operations(outline, tokens) / (peak * share), -(-tokens // chunk) * read / rate)
+        products = max(decoder_operations(outline, tokens) / (peak * share), -(-tokens // chunk) * read / rate)
         prefill = products + outline.decoder.layers * shares.layer
     seen = target.flops.get("fp16" if target.runs_on_gpu else "fp32")
     if seen:
         share = shares.products["float16" if target.runs_on_gpu else "float32"]
-        vision = _vision_operations(outline, sight) / (seen * share)
+        vision = vision_operations(outline, sight) / (seen * share)
     return Speed(vision, prefill, decode, tokens, calibrated)
+
+
+def token_bytes(outline: Outline, context: int, sight: Sight) -> int:
+    """What a token behind `context` positions reads: weights, keys and values."""
+    decoder, cross = outline.parts["decoder"], outline.manifest.cross_attention
+    rows = context * outline.bytes_per_token
+    if cross is not None:
+        rows += outline.cross_bytes_per_row * (context if cross.source == "prompt" else sight.images * cross.places)
+    return decoder.size - decoder.tables + rows
 
 
 def _form(stored: Mapping[str, int]) -> str:
     return max(stored, key=lambda form: stored[form])
 
 
-def _decoder_operations(outline: Outline, tokens: int) -> float:
+def decoder_operations(outline: Outline, tokens: int) -> float:
     """Products of every row with every weight, but of the last alone with the output layer; and attention, each row with half
     of the others in the mean."""
     part, stack = outline.parts["decoder"], outline.decoder
@@ -113,7 +118,8 @@ def _decoder_operations(outline: Outline, tokens: int) -> float:
     return 2 * part.linear * tokens + 2 * part.head + attention
 
 
-def _vision_operations(outline: Outline, sight: Sight) -> float:
+def vision_operations(outline: Outline, sight: Sight) -> float:
+    """Products of what comes before the decoder."""
     if not sight.images:
         return 0.0
     stack = outline.vision

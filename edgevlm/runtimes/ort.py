@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU (`cpu`), and what it is on a GPU, too: `ort_cuda`.
 
-The KV cache is bound in place: past and present are one buffer, so a step copies nothing. INT4 and INT8 weights are
-fused into `MatMulNBits` when a graph is loaded.
+The KV cache is bound in place: past and present are one buffer, so a step copies nothing. Products with INT4 and INT8
+weights are those of `edgevlm.kernels`, or ONNX Runtime's `MatMulNBits`, into which it fuses them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import numpy as np
 
 from ..bundle import Part
 from ..errors import BundleError, MissingDependencyError
+from ..kernels import find_library, unavailable
+from ..kernels.graph import graph_with_kernels
 from .base import Backend, Memory, Model, PartSession, State, Tensor
 
 __all__ = ["CPU", "OLDEST", "onnxruntime", "open_session", "outdated"]
 
 #: The first ONNX Runtime that runs a decoder, as (major, minor).
 OLDEST = (1, 25)
+#: The first one that was seen to take a limit for spinning; older ones would spin on.
+_BOUNDED_SPINNING = (1, 32)
 
 
 def onnxruntime() -> Any:
@@ -144,29 +148,42 @@ class _OrtSession(PartSession):
         return {name: np.array(value.numpy()) for name, value in zip(names, values, strict=True)}
 
 
+def _version(ort: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in ort.__version__.split(".")[:2])
+
+
 def outdated() -> str | None:
     """Why the ONNX Runtime that is installed is too old, or None."""
     ort = onnxruntime()
-    if tuple(int(n) for n in ort.__version__.split(".")[:2]) >= OLDEST:
+    if _version(ort) >= OLDEST:
         return None
     wanted = ".".join(map(str, OLDEST))
     return f"onnxruntime {ort.__version__} has no TensorScatter: `pip install -U 'onnxruntime>={wanted}'`"
 
 
-def open_session(path: Path, name: str, model: Model, provider: Any) -> Any:
-    """ONNX Runtime's session of a part on a provider: its name, or its name and options. Raises BundleError."""
+def open_session(path: Path, name: str, model: Model, provider: Any, *, kernels: bool = False) -> Any:
+    """ONNX Runtime's session of a part on a provider: its name, or its name and options. `kernels`: with the products of
+    `edgevlm.kernels`, where they can be used. Raises BundleError."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # As many as this process may use; ONNX Runtime itself counts the machine's.
     options.intra_op_num_threads = model.threads or len(os.sched_getaffinity(0))
     # Each part has its own threads. Those that wait by spinning take the cores from the part whose turn it is, and from the
-    # robot's own program: see docs/benchmarks.md.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # robot's own program: for a moment it pays, for long it costs (docs/performance.md).
+    spins = _version(ort) >= _BOUNDED_SPINNING
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
+    if spins:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     # 4: activations are quantized to int8 block by block; the fastest of the levels, at about 0.6 % error of a product.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    source: str | bytes = str(path)
+    if kernels and (library := find_library()) and (lowered := graph_with_kernels(path)):
+        options.register_custom_ops_library(str(library))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        source = lowered
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        return ort.InferenceSession(source, options, providers=[provider])
     except Exception as exc:  # ONNX Runtime's exceptions share no base class
         raise BundleError(f"ONNX Runtime cannot load the part {name} ({path}): {exc}") from exc
 
@@ -178,5 +195,9 @@ class CPU(Backend):
     def unavailable(self) -> str | None:
         return outdated()
 
+    def details(self) -> str:
+        reason = unavailable()
+        return f"ONNX Runtime's kernels alone: {reason}" if reason else "with EdgeVLM's kernels for AVX-512 VNNI"
+
     def open(self, path: Path, name: str, part: Part, model: Model) -> PartSession:
-        return _OrtSession(name, part, open_session(path, name, model, "CPUExecutionProvider"))
+        return _OrtSession(name, part, open_session(path, name, model, "CPUExecutionProvider", kernels=True))

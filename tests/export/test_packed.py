@@ -31,6 +31,7 @@ from edgevlm.export.export import export_bundle
 from edgevlm.export.packed import PackedWeight, Quantization, find_quantization, split_packed
 from edgevlm.export.weights import float_folder, open_source
 from edgevlm.graphs import load_graph, part_record, save_graph
+from edgevlm.kernels import SWITCH
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.tensors import read_safetensors_index
 from edgevlm.verify import verify_bundle
@@ -291,6 +292,7 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return add(self, key, "1" if "accuracy_level" in key else value)
 
     monkeypatch.setattr(ort.SessionOptions, "add_session_config_entry", in_float)
+    monkeypatch.setenv(SWITCH, "0")
 
 
 MODELS: list[tuple[str, Layout, Callable[[tuple[int, ...]], bool]]] = [

@@ -1,0 +1,130 @@
+"""Puts the products of `matmul.c` into a graph: `DequantizeLinear` of a constant before `MatMul` becomes one operator.
+
+The graph is read and written with protobuf, which ONNX Runtime brings along; the robot needs no package for graphs. Only the
+fields that matter here are described, by their numbers in
+https://github.com/onnx/onnx/blob/v1.19.0/onnx/onnx.proto; protobuf keeps the others as they are. Weights stay in their file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+__all__ = ["graph_with_kernels"]
+
+_DOMAIN = "edgevlm"
+#: TensorProto.DataType
+_FLOAT, _UINT8, _INT8, _INT4 = 1, 2, 3, 22
+_INT_ATTRIBUTE = 2
+_EXTERNAL = 1
+
+#: Message → field → number, type; a trailing * marks a repeated one.
+_FIELDS = {
+    "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
+    "Opset": {"domain": (1, "string"), "version": (2, "int64")},
+    "Graph": {
+        "node": (1, "Node*"), "initializer": (5, "Tensor*"), "output": (12, "Value*"), "value_info": (13, "Value*"),
+    },
+    "Value": {"name": (1, "string")},
+    "Node": {
+        "input": (1, "string*"), "output": (2, "string*"), "name": (3, "string"), "op_type": (4, "string"),
+        "attribute": (5, "Attribute*"), "domain": (7, "string"),
+    },
+    "Attribute": {"name": (1, "string"), "i": (3, "int64"), "type": (20, "int32")},
+    "Tensor": {"dims": (1, "int64*"), "data_type": (2, "int32"), "name": (8, "string"), "data_location": (14, "int32")},
+}  # fmt: skip
+
+
+@functools.cache
+def _model_class() -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="edgevlm_onnx.proto", package="edgevlm_onnx", syntax="proto2")
+    kinds = {"string": 9, "int64": 3, "int32": 5}
+    for message, fields in _FIELDS.items():
+        described = file.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            field = described.field.add(name=name, number=number, label=3 if kind.endswith("*") else 1)
+            kind = kind.rstrip("*")
+            if kind in kinds:
+                field.type = kinds[kind]
+            else:
+                field.type, field.type_name = 11, f".edgevlm_onnx.{kind}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("edgevlm_onnx.Model"))
+
+
+def graph_with_kernels(path: Path) -> bytes | None:
+    """The graph of `path`, its products with quantized weights replaced; None where it has none that can be."""
+    try:
+        model = _model_class().FromString(path.read_bytes())
+    except Exception:  # not a graph: ONNX Runtime says what is wrong with it
+        return None
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(value.name for value in graph.output)
+    makers = {name: node for node in graph.node for name in node.output}
+    added = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
+    gone: list[Any] = []
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        dequantize, left = makers.get(node.input[1]), makers.get(node.input[0])
+        # Activations that are quantized already are multiplied as integers by ONNX Runtime.
+        if dequantize is None or (left is not None and left.op_type == "DequantizeLinear"):
+            continue
+        if readers[node.input[1]] != 1 or (found := _operator(dequantize, weights, readers)) is None:
+            continue
+        product = node.output[0]
+        node.op_type, node.domain = found[0], _DOMAIN
+        node.input[1:] = dequantize.input
+        node.attribute.extend(found[1])
+        gone.append(dequantize)
+        plus = added.get(product)
+        if plus is not None and readers[product] == 1:
+            bias = weights.get(plus.input[1 - list(plus.input).index(product)])
+            if bias is not None and bias.data_type == _FLOAT and list(bias.dims) == [found[2]]:
+                node.input.append(bias.name)
+                node.output[0] = plus.output[0]
+                gone.append(plus)
+    if not gone:
+        return None
+    removed = {id(node) for node in gone}
+    kept = [node for node in graph.node if id(node) not in removed]
+    packed = [weights[node.input[1]] for node in kept if node.domain == _DOMAIN]
+    for tensor in packed:
+        if tensor.data_type == _INT4:
+            tensor.data_type, tensor.dims[1] = _UINT8, tensor.dims[1] // 2
+    nodes = [node.SerializeToString() for node in kept]
+    del graph.node[:], graph.value_info[:]
+    for node in nodes:
+        graph.node.add().ParseFromString(node)
+    model.opset_import.add(domain=_DOMAIN, version=1)
+    return model.SerializeToString()
+
+
+def _operator(dequantize: Any, weights: dict[str, Any], readers: Counter[str]) -> tuple[str, list[Any], int] | None:
+    """Operator, attributes and columns of what replaces a product with a constant, or None where that cannot be."""
+    if dequantize.op_type != "DequantizeLinear" or len(dequantize.input) != 2 or readers[dequantize.input[0]] != 1:
+        return None
+    weight, scales = (weights.get(name) for name in dequantize.input)
+    if weight is None or scales is None or scales.data_type != _FLOAT or len(weight.dims) != 2:
+        return None
+    # What is small lies within the graph, in a form that depends on the type.
+    if weight.data_location != _EXTERNAL:
+        return None
+    numbers = {attribute.name: attribute.i for attribute in dequantize.attribute}
+    (depth, columns), block, axis = weight.dims, numbers.get("block_size", 0), numbers.get("axis", 1) % 2
+    if depth % 4:
+        return None
+    if weight.data_type == _INT8 and not block and axis == 1 and list(scales.dims) == [columns]:
+        return "MatMulInt8", [], columns
+    whole = block and block % 4 == 0 and axis == 0 and list(scales.dims) == [-(-depth // block), columns]
+    if weight.data_type == _INT4 and whole and columns % 2 == 0:
+        attribute = type(dequantize).DESCRIPTOR.fields_by_name["attribute"].message_type._concrete_class
+        return "MatMulInt4", [attribute(name="block_size", i=block, type=_INT_ATTRIBUTE)], columns
+    return None

@@ -1,0 +1,549 @@
+/* Products of float rows with INT4 or INT8 weights, as operators of ONNX Runtime.
+ *
+ * ONNX Runtime's own MatMulNBits keeps a packed copy of the weights and, with many rows, reaches a third of what the integer
+ * units can do (docs/performance.md). Here weights, INT4 [K, N] with two columns in a byte or INT8 [K, N], are packed once, and
+ * the pages of the file that they came from are given back.
+ *
+ * Activations are quantized to int8 group by group (neighbours in a row that share a scale), as MatMulNBits does at its
+ * accuracy level 4. Weights are made unsigned by an offset, because vpdpbusd multiplies unsigned by signed bytes; what that
+ * adds is known from the sums of the activations, and sums begin with minus it.
+ *
+ * A unit is 64 bytes of a row of weights. Packed, a unit lies in one piece, four rows of it side by side in 32-bit lanes; this
+ * shuffles columns within 128-bit lanes. Scales are kept in that order, and results are put back in order when they are stored.
+ * Packed weights lie in huge pages: with small ones, finding the pages takes a quarter of the time of a token.
+ */
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define INLINE __attribute__((always_inline)) static inline
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum { BYTES = 64, ROWS = 6, VECTORS = 4, INT8_GROUP = 128, AHEAD = 2048 };
+
+/* ------------------------------------------------------------------------------------------ the products */
+
+typedef struct {
+  int bits;
+  int64_t depth, columns;  /* K, N */
+  int64_t group, groups;   /* neighbours in K with one activation scale; how many of these */
+  int64_t unit, units;     /* columns of a unit; units of a row */
+  uint8_t *packed;         /* [units, K / 4, 4, 16, 4] bytes, made unsigned */
+  const float *scales;     /* int8: [N] */
+  uint16_t *halves;        /* int4: scales as float16 in the order of lanes, [units, groups, unit] */
+  float shrink;            /* what these are to be multiplied with */
+} Weight;
+
+typedef struct {
+  const Weight *weight;
+  int64_t rows, blocks, block; /* M; how many pieces the rows are cut into, and the rows of a piece */
+  const float *input, *bias;
+  float *output;
+  int8_t *quantized;   /* [M, K] */
+  float *row_scales;   /* [M, groups] */
+  int32_t *offsets;    /* [M, groups]: what sums begin with */
+  int64_t tasks;
+} Product;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t row_bytes(const Weight *w) { return w->columns * w->bits / 8; }
+INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+INLINE __mmask64 bytes_of(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+
+/* The place, in units of its vector's kind, of lane j of vector v. */
+INLINE int place_of(int v, int j) { return (j / 4) * 16 + v * 4 + j % 4; }
+
+VNNI static void quantize_row(const Product *p, int64_t m) {
+  const Weight *w = p->weight;
+  const float *row = p->input + m * w->depth;
+  int8_t *out = p->quantized + m * w->depth;
+  int32_t zero = w->bits == 4 ? 8 : 128;
+  for (int64_t g = 0; g < w->groups; g++) {
+    int64_t first = g * w->group, end = least(first + w->group, w->depth);
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = first; k < end; k += 16)
+      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of(end - k), row + k)));
+    float peak = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(peak > 0 ? 127.0f / peak : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = first; k < end; k += 16) {
+      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_of(end - k), row + k), inverse));
+      sum = _mm512_add_epi32(sum, whole);
+      _mm_mask_storeu_epi8(out + k, first_of(end - k), _mm512_cvtepi32_epi8(whole));
+    }
+    p->row_scales[m * w->groups + g] = peak / 127.0f * w->shrink;
+    p->offsets[m * w->groups + g] = -zero * _mm512_reduce_add_epi32(sum);
+  }
+}
+
+/* Four rows of 64 bytes, side by side. */
+VNNI INLINE void interleave(const uint8_t *at, int64_t stride, __mmask64 mask, __m512i *out) {
+  __m512i a = _mm512_maskz_loadu_epi8(mask, at), b = _mm512_maskz_loadu_epi8(mask, at + stride);
+  __m512i c = _mm512_maskz_loadu_epi8(mask, at + 2 * stride), d = _mm512_maskz_loadu_epi8(mask, at + 3 * stride);
+  __m512i ab = _mm512_unpacklo_epi8(a, b), ab2 = _mm512_unpackhi_epi8(a, b);
+  __m512i cd = _mm512_unpacklo_epi8(c, d), cd2 = _mm512_unpackhi_epi8(c, d);
+  out[0] = _mm512_unpacklo_epi16(ab, cd);
+  out[1] = _mm512_unpackhi_epi16(ab, cd);
+  out[2] = _mm512_unpacklo_epi16(ab2, cd2);
+  out[3] = _mm512_unpackhi_epi16(ab2, cd2);
+}
+
+VNNI INLINE __m512i lower_bits(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(0x0f)); }
+VNNI INLINE __m512i upper_bits(__m512i x) { return lower_bits(_mm512_srli_epi16(x, 4)); }
+
+/* sum += weights * activations, four neighbours at a time. The intrinsic does the same, with copies around it (GCC 12). */
+VNNI INLINE void add_products(__m512i *sum, __m512i weights, __m512i activations) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(activations));
+}
+
+/* Vectors in the order of lanes to 64 neighbours in order. */
+VNNI INLINE void sort_lanes(__m512 *v) {
+  __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
+  __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  v[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+}
+
+VNNI INLINE void store_vector(const Product *p, int64_t m, int64_t column, __m512 value) {
+  int64_t left = p->weight->columns - column;
+  if (left <= 0) return;
+  if (p->weight->bits == 8) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(first_of(left), p->weight->scales + column));
+  if (p->bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(first_of(left), p->bias + column));
+  _mm512_mask_storeu_ps(p->output + m * p->weight->columns + column, first_of(left), value);
+}
+
+/* A row of a unit: 64 totals in the order of lanes, of INT4 another 64 for the odd columns. */
+VNNI static void store_row(const Product *p, int64_t m, int64_t column, const float *totals) {
+  __m512 even[4], odd[4];
+  for (int v = 0; v < 4; v++) even[v] = _mm512_load_ps(totals + 16 * v);
+  sort_lanes(even);
+  if (p->weight->bits == 8) {
+    for (int v = 0; v < 4; v++) store_vector(p, m, column + 16 * v, even[v]);
+    return;
+  }
+  for (int v = 0; v < 4; v++) odd[v] = _mm512_load_ps(totals + 64 + 16 * v);
+  sort_lanes(odd);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int v = 0; v < 4; v++) {
+    store_vector(p, m, column + 32 * v, _mm512_permutex2var_ps(even[v], low, odd[v]));
+    store_vector(p, m, column + 32 * v + 16, _mm512_permutex2var_ps(even[v], high, odd[v]));
+  }
+}
+
+/* ROWS rows with 64 columns: totals += … over all groups. */
+VNNI INLINE void multiply_rows(const Product *p, int64_t m, const int rows, const uint8_t *panel, const uint16_t *scales, float *totals) {
+  const Weight *w = p->weight;
+  const int8_t *left = p->quantized + m * w->depth;
+  const int with_scales = w->bits == 4;
+  for (int64_t g = 0; g < w->groups; g++) {
+    int64_t first = g * w->group, end = least(first + w->group, w->depth);
+    __m512i sums[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < rows; r++) {
+      __m512i start = _mm512_set1_epi32(p->offsets[(m + r) * w->groups + g]);
+      UNROLL for (int v = 0; v < VECTORS; v++) sums[r][v] = start;
+    }
+    for (int64_t k = first; k < end; k += 4) {
+      __m512i right[VECTORS];
+      UNROLL for (int v = 0; v < VECTORS; v++) right[v] = _mm512_load_si512(panel + k * 64 + 64 * v);
+      UNROLL for (int r = 0; r < rows; r++) {
+        int32_t four;
+        memcpy(&four, left + r * w->depth + k, 4);
+        __m512i spread = _mm512_set1_epi32(four);
+        UNROLL for (int v = 0; v < VECTORS; v++) add_products(&sums[r][v], right[v], spread);
+      }
+    }
+    __m512 scale[VECTORS];
+    if (with_scales)
+      UNROLL for (int v = 0; v < VECTORS; v++)
+        scale[v] = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + g * w->unit + 16 * v)));
+    UNROLL for (int r = 0; r < rows; r++) {
+      __m512 row_scale = _mm512_set1_ps(p->row_scales[(m + r) * w->groups + g]);
+      UNROLL for (int v = 0; v < VECTORS; v++) {
+        float *total = totals + r * w->unit + 16 * v;
+        __m512 both = with_scales ? _mm512_mul_ps(row_scale, scale[v]) : row_scale;
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), both, _mm512_load_ps(total)));
+      }
+    }
+  }
+}
+
+/* Memory of a thread, kept from call to call and freed with the thread. */
+enum { PANEL, ACTIVATIONS, SCRATCHES };
+typedef struct { void *at; size_t bytes; } Scratch;
+static pthread_key_t scratch_key;
+
+static void free_scratch(void *kept) {
+  for (int n = 0; n < SCRATCHES; n++) free(((Scratch *)kept)[n].at);
+  free(kept);
+}
+
+static void *scratch(int which, size_t bytes) {
+  Scratch *kept = pthread_getspecific(scratch_key);
+  if (!kept) {
+    kept = calloc(SCRATCHES, sizeof *kept);
+    if (!kept || pthread_setspecific(scratch_key, kept)) return NULL;
+  }
+  if (kept[which].bytes < bytes) {
+    free(kept[which].at);
+    bytes = (bytes + 4095) & ~(size_t)4095;
+    kept[which].at = aligned_alloc(64, bytes);
+    kept[which].bytes = kept[which].at ? bytes : 0;
+  }
+  return kept[which].at;
+}
+
+VNNI static void multiply_some(const Product *p, int64_t m, int rows, int64_t u, const uint8_t *panel) {
+  const Weight *w = p->weight;
+  float totals[ROWS * 128] __attribute__((aligned(64)));
+  memset(totals, 0, sizeof totals);
+  for (int half = 0; half < (w->bits == 4 ? 2 : 1); half++) {
+    const uint8_t *at = panel + half * w->depth * 64;
+    const uint16_t *scales = w->bits == 4 ? w->halves + u * w->groups * w->unit + 64 * half : NULL;
+    float *to = totals + 64 * half;
+    switch (rows) {
+      case 6: multiply_rows(p, m, 6, at, scales, to); break;
+      case 5: multiply_rows(p, m, 5, at, scales, to); break;
+      case 4: multiply_rows(p, m, 4, at, scales, to); break;
+      case 3: multiply_rows(p, m, 3, at, scales, to); break;
+      case 2: multiply_rows(p, m, 2, at, scales, to); break;
+      default: multiply_rows(p, m, 1, at, scales, to); break;
+    }
+  }
+  for (int r = 0; r < rows; r++) store_row(p, m + r, u * w->unit, totals + r * w->unit);
+}
+
+/* Many rows: a unit of columns and a piece of the rows. */
+VNNI static void multiply_unit(void *data, size_t number) {
+  const Product *p = data;
+  const Weight *w = p->weight;
+  int64_t u = (int64_t)number / p->blocks, from = (int64_t)number % p->blocks * p->block;
+  const uint8_t *panel = w->packed + u * w->depth * BYTES;
+  if (w->bits == 4) {
+    uint8_t *unpacked = scratch(PANEL, (size_t)w->depth * (size_t)w->unit);
+    if (!unpacked) abort(); /* as ONNX Runtime's own allocations end: there is no memory left */
+    for (int64_t at = 0; at < w->depth * BYTES; at += 64) {
+      __m512i both = _mm512_load_si512(panel + at);
+      _mm512_store_si512(unpacked + at, lower_bits(both));
+      _mm512_store_si512(unpacked + w->depth * BYTES + at, upper_bits(both));
+    }
+    panel = unpacked;
+  }
+  int64_t end = least(from + p->block, p->rows);
+  for (int64_t m = from; m < end; m += ROWS) multiply_some(p, m, (int)least(ROWS, end - m), u, panel);
+}
+
+/* One row with one unit: the weights are unpacked on their way from memory. */
+VNNI INLINE void multiply_one(const Product *p, int64_t u, const int bits) {
+  const Weight *w = p->weight;
+  const int vectors = bits == 4 ? 8 : 4;
+  const uint8_t *at = w->packed + u * w->depth * BYTES;
+  const uint16_t *scales = w->halves + u * w->groups * w->unit;
+  float totals[128] __attribute__((aligned(64)));
+  memset(totals, 0, sizeof totals);
+  for (int64_t g = 0; g < w->groups; g++, scales += w->unit) {
+    int64_t last = least((g + 1) * w->group, w->depth);
+    __m512i sums[8];
+    UNROLL for (int v = 0; v < vectors; v++) sums[v] = _mm512_set1_epi32(p->offsets[g]);
+    for (int64_t k = g * w->group; k < last; k += 4, at += 4 * BYTES) {
+      int32_t left;
+      memcpy(&left, p->quantized + k, 4);
+      __m512i spread = _mm512_set1_epi32(left);
+      UNROLL for (int v = 0; v < 4; v++) {
+        __m512i right = _mm512_load_si512(at + 64 * v);
+        _mm_prefetch((const char *)(at + 64 * v + AHEAD), _MM_HINT_T0);
+        add_products(&sums[v], bits == 4 ? lower_bits(right) : right, spread);
+        if (bits == 4) add_products(&sums[v + 4], upper_bits(right), spread);
+      }
+    }
+    __m512 row_scale = _mm512_set1_ps(p->row_scales[g]);
+    UNROLL for (int v = 0; v < vectors; v++) {
+      __m512 both = row_scale;
+      if (bits == 4) both = _mm512_mul_ps(both, _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + 16 * v))));
+      __m512 total = _mm512_load_ps(totals + 16 * v);
+      _mm512_store_ps(totals + 16 * v, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), both, total));
+    }
+  }
+  store_row(p, 0, u * w->unit, totals);
+}
+
+VNNI static void multiply_row(void *data, size_t number) {
+  const Product *p = data;
+  int64_t n = (int64_t)number, begin = n * p->weight->units / p->tasks, end = (n + 1) * p->weight->units / p->tasks;
+  for (int64_t u = begin; u < end; u++) {
+    if (p->weight->bits == 4) multiply_one(p, u, 4);
+    else multiply_one(p, u, 8);
+  }
+}
+
+static void quantize_rows(void *data, size_t number) { quantize_row(data, (int64_t)number); }
+
+/* Memory in huge pages, taken in chunks that weights of one graph share; a chunk goes when its last weight does. */
+typedef struct Chunk { struct Chunk *next; uint8_t *base; size_t size, used, users; } Chunk;
+static Chunk *chunks;
+static pthread_mutex_t chunks_lock = PTHREAD_MUTEX_INITIALIZER;
+enum { CHUNK_BYTES = 64 << 20, HUGE_PAGE = 2 << 20 };
+
+static void *take(size_t bytes) {
+  bytes = (bytes + 63) & ~(size_t)63;
+  pthread_mutex_lock(&chunks_lock);
+  Chunk *c = chunks;
+  if (!c || c->size - c->used < bytes) {
+    size_t size = (bytes > CHUNK_BYTES ? bytes + HUGE_PAGE : CHUNK_BYTES) & ~(size_t)(HUGE_PAGE - 1);
+    uint8_t *base = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    c = base == MAP_FAILED ? NULL : malloc(sizeof *c);
+    if (c) {
+      size_t before = (size_t)(-(uintptr_t)base & (HUGE_PAGE - 1));
+      if (before) munmap(base, before);
+      if (before < HUGE_PAGE) munmap(base + before + size, HUGE_PAGE - before);
+      madvise(base + before, size, MADV_HUGEPAGE);
+      *c = (Chunk){chunks, base + before, size, 0, 0};
+      chunks = c;
+    }
+  }
+  void *found = NULL;
+  if (c) {
+    found = c->base + c->used;
+    c->used += bytes;
+    c->users++;
+  }
+  pthread_mutex_unlock(&chunks_lock);
+  return found;
+}
+
+static void give_back(void *at) {
+  if (!at) return;
+  pthread_mutex_lock(&chunks_lock);
+  for (Chunk **link = &chunks; *link; link = &(*link)->next) {
+    Chunk *c = *link;
+    if ((uint8_t *)at < c->base || (uint8_t *)at >= c->base + c->size) continue;
+    if (!--c->users) {
+      *link = c->next;
+      munmap(c->base, c->size);
+      free(c);
+    }
+    break;
+  }
+  pthread_mutex_unlock(&chunks_lock);
+}
+
+/* Pages that are mapped from a file need not stay: what is not read again is not paid for. */
+static void forget_pages(const void *at, size_t bytes) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)at + page - 1) & ~(page - 1);
+  uintptr_t last = ((uintptr_t)at + bytes) & ~(page - 1);
+  if (last > first) madvise((void *)first, last - first, MADV_DONTNEED);
+}
+
+VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
+  int64_t stride = row_bytes(w);
+  w->packed = take((size_t)(w->units * w->depth) * BYTES);
+  if (!w->packed) return 0;
+  const __m512i flip = _mm512_set1_epi8(w->bits == 4 ? (char)0x88 : (char)0x80);
+  for (int64_t u = 0; u < w->units; u++) {
+    __mmask64 mask = bytes_of(stride - u * BYTES);
+    uint8_t *to = w->packed + u * w->depth * BYTES;
+    for (int64_t k = 0; k < w->depth; k += 4, to += 4 * BYTES) {
+      __m512i four[4];
+      interleave(bytes + k * stride + u * BYTES, stride, mask, four);
+      for (int v = 0; v < 4; v++) _mm512_store_si512(to + 64 * v, _mm512_xor_si512(four[v], flip));
+    }
+  }
+  forget_pages(bytes, (size_t)(stride * w->depth));
+  w->shrink = 1.0f;
+  w->scales = scales;
+  if (w->bits == 8) return 1;
+  /* As float16 in the order of lanes; a power of two keeps them in its range. */
+  w->halves = take((size_t)(w->units * w->groups * w->unit) * 2);
+  if (!w->halves) return 0;
+  float peak = 0.0f, grow = 1.0f;
+  for (int64_t n = 0; n < w->groups * w->columns; n++) peak = __builtin_fmaxf(peak, __builtin_fabsf(scales[n]));
+  if (peak > 0 && peak < __builtin_inff()) {
+    int exponent;
+    __builtin_frexpf(peak, &exponent);
+    grow = __builtin_ldexpf(1.0f, 15 - exponent);
+    w->shrink = __builtin_ldexpf(1.0f, exponent - 15);
+  }
+  float line[16];
+  for (int64_t u = 0; u < w->units; u++)
+    for (int64_t g = 0; g < w->groups; g++)
+      for (int v = 0; v < 8; v++) {
+        for (int j = 0; j < 16; j++) {
+          int64_t n = u * w->unit + 2 * place_of(v % 4, j) + v / 4;
+          line[j] = n < w->columns ? scales[g * w->columns + n] * grow : 0.0f;
+        }
+        _mm256_store_si256((__m256i *)(w->halves + (u * w->groups + g) * w->unit + 16 * v), _mm512_cvtps_ph(_mm512_loadu_ps(line), 0));
+      }
+  forget_pages(scales, (size_t)(w->groups * w->columns) * sizeof(float));
+  return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ ONNX Runtime's C interface */
+
+typedef struct OrtApi OrtApi;
+typedef void *Handle;
+typedef Handle (*Function)();
+struct OrtApi { Function at[400]; };
+/* Places in the table. */
+enum {
+  CREATE_DOMAIN = 26, DOMAIN_ADD = 27, ADD_DOMAIN = 28, TENSOR_DATA = 51, DIMENSION_COUNT = 61, DIMENSIONS = 62,
+  TENSOR_SHAPE = 65, ATTRIBUTE_INT = 86, INPUT_COUNT = 88, GET_INPUT = 90, GET_OUTPUT = 91, RELEASE_SHAPE = 99, CONSTANT_INPUT = 249,
+  PARALLEL_FOR = 274,
+  API_VERSION = 17
+};
+typedef struct { const OrtApi *(*get)(uint32_t); const char *(*version)(void); } OrtApiBase;
+
+typedef struct CustomOp CustomOp;
+struct CustomOp {
+  uint32_t version;
+  void *(*create)(const CustomOp *, const OrtApi *, Handle);
+  const char *(*name)(const CustomOp *);
+  const char *(*provider)(const CustomOp *);
+  int (*input_type)(const CustomOp *, size_t);
+  size_t (*input_count)(const CustomOp *);
+  int (*output_type)(const CustomOp *, size_t);
+  size_t (*output_count)(const CustomOp *);
+  void (*compute)(void *, Handle);
+  void (*destroy)(void *);
+  int (*input_kind)(const CustomOp *, size_t);
+  int (*output_kind)(const CustomOp *, size_t);
+  int bits; /* behind what ONNX Runtime reads at this version */
+  void *room[32];
+};
+enum { OP_VERSION = 12, FLOAT = 1, UINT8 = 2, INT8 = 3, REQUIRED = 0, OPTIONAL = 1 };
+
+typedef struct { const OrtApi *api; Weight weight; int ready; } Kernel;
+
+static size_t read_shape(const Function *api, Handle value, int64_t *dims) {
+  Handle shape = NULL;
+  size_t count = 0;
+  api[TENSOR_SHAPE](value, &shape);
+  api[DIMENSION_COUNT](shape, &count);
+  api[DIMENSIONS](shape, dims, count);
+  api[RELEASE_SHAPE](shape);
+  return count;
+}
+
+/* Weights and scales are constants of the graph. */
+static void *create(const CustomOp *op, const OrtApi *api, Handle info) {
+  Kernel *kernel = calloc(1, sizeof *kernel);
+  if (!kernel) return NULL;
+  const Function *call = api->at;
+  Weight *w = &kernel->weight;
+  Handle values[2] = {0};
+  void *data[2] = {0};
+  int constant = 0;
+  int64_t dims[16], block = INT8_GROUP;
+  kernel->api = api;
+  if (op->bits == 4) call[ATTRIBUTE_INT](info, "block_size", &block);
+  for (size_t n = 0; n < 2; n++) {
+    call[CONSTANT_INPUT](info, n + 1, &constant, &values[n]);
+    if (!constant || !values[n]) return kernel;
+    call[TENSOR_DATA](values[n], &data[n]);
+  }
+  read_shape(call, values[0], dims);
+  w->bits = op->bits;
+  w->depth = dims[0];
+  w->columns = dims[1] * 8 / w->bits;
+  w->group = least(block, w->depth);
+  w->groups = (w->depth + w->group - 1) / w->group;
+  w->unit = BYTES * 8 / w->bits;
+  w->units = (w->columns + w->unit - 1) / w->unit;
+  kernel->ready = pack(w, data[0], data[1]);
+  return kernel;
+}
+
+static void destroy(void *opaque) {
+  Kernel *kernel = opaque;
+  give_back(kernel->weight.packed);
+  give_back(kernel->weight.halves);
+  free(kernel);
+}
+
+static const char *name(const CustomOp *op) { return op->bits == 4 ? "MatMulInt4" : "MatMulInt8"; }
+static const char *provider(const CustomOp *op) { (void)op; return "CPUExecutionProvider"; }
+static int input_type(const CustomOp *op, size_t index) { return index == 1 ? (op->bits == 4 ? UINT8 : INT8) : FLOAT; }
+static size_t input_count(const CustomOp *op) { (void)op; return 4; }
+static int output_type(const CustomOp *op, size_t index) { (void)op; (void)index; return FLOAT; }
+static size_t output_count(const CustomOp *op) { (void)op; return 1; }
+static int input_kind(const CustomOp *op, size_t index) { (void)op; return index == 3 ? OPTIONAL : REQUIRED; }
+static int output_kind(const CustomOp *op, size_t index) { (void)op; (void)index; return REQUIRED; }
+
+static void compute(void *opaque, Handle context) {
+  Kernel *kernel = opaque;
+  const Function *api = kernel->api->at;
+  Handle inputs[4] = {0}, output = NULL;
+  int64_t dims[16];
+  void *data = NULL;
+  size_t given = 0;
+  api[INPUT_COUNT](context, &given);
+  for (size_t n = 0; n < given && n < 4; n++) api[GET_INPUT](context, n, &inputs[n]);
+  const Weight *w = &kernel->weight;
+  if (!kernel->ready) abort(); /* a weight that is no constant, or no memory for it */
+  Product p = {.weight = w, .rows = 1};
+  size_t count = read_shape(api, inputs[0], dims);
+  for (size_t d = 0; d + 1 < count; d++) p.rows *= dims[d];
+  dims[count - 1] = w->columns;
+  api[GET_OUTPUT](context, (size_t)0, dims, count, &output);
+  api[TENSOR_DATA](output, &data);
+  p.output = data;
+  if (!p.rows) return;
+  api[TENSOR_DATA](inputs[0], &data);
+  p.input = data;
+  if (inputs[3]) {
+    api[TENSOR_DATA](inputs[3], &data);
+    p.bias = data;
+  }
+  size_t cells = (size_t)(p.rows * w->groups), bytes = ((size_t)(p.rows * w->depth) + 63) & ~(size_t)63;
+  p.quantized = scratch(ACTIVATIONS, bytes + 8 * cells);
+  if (!p.quantized) abort();
+  p.row_scales = (float *)(p.quantized + bytes);
+  p.offsets = (int32_t *)(p.row_scales + cells);
+  if (p.rows == 1) {
+    quantize_row(&p, 0);
+    p.tasks = least(w->units, 8);
+    api[PARALLEL_FOR](context, multiply_row, (size_t)p.tasks, (size_t)0, &p);
+    return;
+  }
+  /* Few units do not divide well among threads. */
+  p.blocks = p.rows >= 128 && w->units < 32 ? 4 : 1;
+  p.block = ((p.rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS;
+  api[PARALLEL_FOR](context, quantize_rows, (size_t)p.rows, (size_t)0, &p);
+  api[PARALLEL_FOR](context, multiply_unit, (size_t)(w->units * p.blocks), (size_t)0, &p);
+}
+
+static CustomOp OPS[2];
+
+/* Whether this processor has the instructions. */
+int edgevlm_usable(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+Handle RegisterCustomOps(Handle options, const OrtApiBase *base) {
+  static Handle domain;
+  const OrtApi *api = base->get(API_VERSION);
+  if (!domain) {
+    pthread_key_create(&scratch_key, free_scratch);
+    api->at[CREATE_DOMAIN]("edgevlm", &domain);
+    for (int n = 0; n < 2; n++) {
+      OPS[n] = (CustomOp){OP_VERSION, create, name, provider, input_type, input_count, output_type, output_count, compute, destroy,
+                          input_kind, output_kind, n ? 8 : 4, {0}};
+      Handle status = api->at[DOMAIN_ADD](domain, &OPS[n]);
+      if (status) return status;
+    }
+  }
+  return api->at[ADD_DOMAIN](options, domain);
+}
+#else
+int edgevlm_usable(void) { return 0; }
+#endif

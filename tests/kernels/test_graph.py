@@ -1,0 +1,105 @@
+"""Which products of a bundle's graphs become kernels."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgevlm import VLM
+from edgevlm.kernels import SWITCH, unavailable
+from edgevlm.kernels.graph import graph_with_kernels
+from edgevlm.quant.quantize import quantize_bundle
+from edgevlm.scenes import render_scene, sample_scene
+
+needs_kernels = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels: {unavailable()}")
+
+
+@pytest.fixture(scope="module")
+def quantized(shipped, tmp_path_factory: pytest.TempPathFactory):
+    """The shipped LLaVA by recipe."""
+
+    @functools.cache
+    def made(recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp("quantized") / recipe
+        quantize_bundle(shipped("llava"), folder, recipe)
+        return folder
+
+    return made
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "int8"])
+def test_every_product_with_a_quantized_weight(quantized, recipe: str) -> None:
+    bundle = quantized(recipe)
+    for part, own in (("decoder", "MatMulInt4" if recipe == "int4-rtn" else "MatMulInt8"), ("vision_encoder", "MatMulInt8")):
+        path = bundle / "onnx" / f"{part}.onnx"
+        before = onnx.load(path, load_external_data=False)
+        after = onnx.load_from_string(graph_with_kernels(path))
+        assert operators(before).count("MatMul") == sum(name in ("MatMulInt4", "MatMulInt8") for name in operators(after))
+        assert own in operators(after)
+        assert "MatMul" not in operators(after)
+        assert [value.name for value in after.graph.output] == [value.name for value in before.graph.output]
+        assert {entry.domain for entry in after.opset_import} == {"", "edgevlm"}
+        made = {name for node in after.graph.node for name in node.output} | {v.name for v in after.graph.input}
+        made |= {tensor.name for tensor in after.graph.initializer}
+        assert {name for node in after.graph.node for name in node.input if name} <= made
+
+
+def test_a_float_graph_and_what_is_none(shipped, tmp_path: Path) -> None:
+    assert graph_with_kernels(shipped("llava") / "onnx" / "decoder.onnx") is None
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    assert graph_with_kernels(tmp_path / "broken.onnx") is None
+
+
+def graph_file(folder: Path, *, axis: int = 1, quantized_input: bool = False, twice: bool = False, depth: int = 64) -> Path:
+    """A product with an INT8 weight in a file of its own."""
+    weight = np.ones((depth, 64), np.int8)
+    (folder / "data").write_bytes(weight.tobytes())
+    tensor = TensorProto(name="W", data_type=TensorProto.INT8, dims=weight.shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="data")
+    scales = helper.make_tensor("S", TensorProto.FLOAT, [weight.shape[axis]], np.ones(weight.shape[axis], np.float32))
+    nodes = [helper.make_node("DequantizeLinear", ["W", "S"], ["D"], axis=axis)]
+    left = "X"
+    if quantized_input:
+        nodes += [
+            helper.make_node("QuantizeLinear", ["X", "s"], ["Q"]),
+            helper.make_node("DequantizeLinear", ["Q", "s"], ["XD"]),
+        ]
+        left = "XD"
+    nodes += [helper.make_node("MatMul", [left, "D"], ["Y"])] + [helper.make_node("Neg", ["D"], ["Z"])] * twice
+    names = ["Y", "Z"] if twice else ["Y"]
+    one = helper.make_tensor("s", TensorProto.FLOAT, [], [1.0])
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("X", TensorProto.FLOAT, [1, depth])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names], [tensor, scales, one],
+    )  # fmt: skip
+    path = folder / "graph.onnx"
+    path.write_bytes(helper.make_model(graph, ir_version=10).SerializeToString())
+    return path
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    assert graph_with_kernels(graph_file(tmp_path)) is not None
+    assert graph_with_kernels(graph_file(tmp_path, axis=0)) is None, "scales along the inputs"
+    assert graph_with_kernels(graph_file(tmp_path, quantized_input=True)) is None, "integers on both sides"
+    assert graph_with_kernels(graph_file(tmp_path, twice=True)) is None, "a weight that something else reads"
+    assert graph_with_kernels(graph_file(tmp_path, depth=62)) is None, "rows that are not in fours"
+
+
+@needs_kernels
+@pytest.mark.parametrize("recipe", ["int4-rtn", "int8"])
+def test_answers_stay(quantized, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    bundle = quantized(recipe)
+    with VLM.load(bundle) as own:
+        monkeypatch.setenv(SWITCH, "0")
+        with VLM.load(bundle) as other:
+            for number in range(6):
+                picture = render_scene(sample_scene(11_960_000 + number))
+                answers = [vlm.generate("Describe the scene.", images=[picture]).text for vlm in (own, other)]
+                assert answers[0] == answers[1]
