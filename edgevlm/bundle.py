@@ -22,6 +22,7 @@ import shutil
 import types
 import typing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -240,14 +241,10 @@ def decode_json(kind: Any, data: Any, where: str) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
-
-
-def _sha256_old(file: Any) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 
@@ -323,14 +320,27 @@ class Bundle:
                 raise IntegrityError(
                     f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
                 )
-            try:
-                changed = hashes and sha256_of(path) != record.sha256
-            except OSError as exc:
-                raise IntegrityError(f"{path} cannot be read: {exc.strerror}.") from exc
-            if changed:
-                raise IntegrityError(
-                    f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again."
-                )
+        if hashes:
+            self._compare_hashes()
+
+    def _compare_hashes(self) -> None:
+        """Several files at once: both reading and hashing leave Python's lock alone."""
+        paths = {self.path(name): record for name, record in self.manifest.files.items()}
+        largest = sorted(paths, key=lambda path: -paths[path].size)
+        pool = ThreadPoolExecutor(4)
+        try:
+            found = {path: pool.submit(sha256_of, path) for path in largest}
+            for path, record in paths.items():
+                try:
+                    changed = found[path].result() != record.sha256
+                except OSError as exc:
+                    raise IntegrityError(f"{path} cannot be read: {exc.strerror}.") from exc
+                if changed:
+                    raise IntegrityError(
+                        f"{path} was changed: its sha256 is not the manifest's. Copy the bundle again, or export it again."
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------- writing

@@ -255,11 +255,6 @@ def test_unreadable_file(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Bundle.open(small)
 
 
-def test_old_pythons_hash_is_the_same(small: Path) -> None:
-    with (small / "onnx" / "decoder.onnx_data").open("rb") as file:
-        assert bundles._sha256_old(file) == Bundle.open(small).manifest.files["onnx/decoder.onnx_data"].sha256
-
-
 def test_part_without_a_hash(small: Path) -> None:
     edit(small, lambda m: m["files"].pop("onnx/decoder.onnx"))
     with pytest.raises(ManifestError, match=r"'onnx/decoder\.onnx' without its hash"):

@@ -343,20 +343,25 @@ static void forget_pages(const void *at, size_t bytes) {
   if (last > first) madvise((void *)first, last - first, MADV_DONTNEED);
 }
 
+/* Rows that are packed at once: few, so that the pages they lie in are met once. */
+enum { PACKED_ROWS = 64 };
+
 VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
   int64_t stride = row_bytes(w);
   w->packed = take((size_t)(w->units * w->depth) * BYTES);
   if (!w->packed) return 0;
   const __m512i flip = _mm512_set1_epi8(w->bits == 4 ? (char)0x88 : (char)0x80);
-  for (int64_t u = 0; u < w->units; u++) {
-    __mmask64 mask = bytes_of(stride - u * BYTES);
-    uint8_t *to = w->packed + u * w->depth * BYTES;
-    for (int64_t k = 0; k < w->depth; k += 4, to += 4 * BYTES) {
-      __m512i four[4];
-      interleave(bytes + k * stride + u * BYTES, stride, mask, four);
-      for (int v = 0; v < 4; v++) _mm512_store_si512(to + 64 * v, _mm512_xor_si512(four[v], flip));
+  for (int64_t from = 0; from < w->depth; from += PACKED_ROWS)
+    for (int64_t u = 0; u < w->units; u++) {
+      __mmask64 mask = bytes_of(stride - u * BYTES);
+      for (int64_t k = from; k < least(from + PACKED_ROWS, w->depth); k += 4) {
+        __m512i four[4];
+        interleave(bytes + k * stride + u * BYTES, stride, mask, four);
+        uint8_t *to = w->packed + (u * w->depth + k) * BYTES;
+        for (int v = 0; v < 4; v++) _mm512_stream_si512((__m512i *)(to + 64 * v), _mm512_xor_si512(four[v], flip));
+      }
     }
-  }
+  _mm_sfence();
   forget_pages(bytes, (size_t)(stride * w->depth));
   w->shrink = 1.0f;
   w->scales = scales;
