@@ -4,8 +4,7 @@
  * units can do (docs/performance.md). Here weights, INT4 [K, N] with two columns in a byte or INT8 [K, N], are packed once, and
  * the pages of the file that they came from are given back.
  *
- * Activations are quantized to int8 group by group (neighbours in a row that share a scale), as MatMulNBits does at its
- * accuracy level 4. Weights are made unsigned by an offset, because vpdpbusd multiplies unsigned by signed bytes; what that
+ * Activations are quantized to int8 group by group: 128 neighbours in a row share a scale, whole blocks of INT4. Weights are made unsigned by an offset, because vpdpbusd multiplies unsigned by signed bytes; what that
  * adds is known from the sums of the activations, and sums begin with minus it.
  *
  * A unit is 64 bytes of a row of weights. Packed, a unit lies in one piece, four rows of it side by side in 32-bit lanes; this
@@ -26,29 +25,30 @@
 #define INLINE __attribute__((always_inline)) static inline
 #define UNROLL _Pragma("GCC unroll 8")
 
-enum { BYTES = 64, ROWS = 6, VECTORS = 4, INT8_GROUP = 128, AHEAD = 2048 };
+enum { BYTES = 64, ROWS = 3, VECTORS = 4, GROUP = 128, AHEAD = 2048, TASK_ROWS = 192 };
 
 /* ------------------------------------------------------------------------------------------ the products */
 
 typedef struct {
   int bits;
   int64_t depth, columns;  /* K, N */
-  int64_t group, groups;   /* neighbours in K with one activation scale; how many of these */
+  int64_t block, blocks;   /* neighbours in K with one scale of INT4; how many of these; else as groups */
+  int64_t group, groups;   /* neighbours in K with one activation scale, whole blocks; how many of these */
   int64_t unit, units;     /* columns of a unit; units of a row */
   uint8_t *packed;         /* [units, K / 4, 4, 16, 4] bytes, made unsigned */
   const float *scales;     /* int8: [N] */
-  uint16_t *halves;        /* int4: scales as float16 in the order of lanes, [units, groups, unit] */
+  uint16_t *halves;        /* int4: scales as float16 in the order of lanes, [units, blocks, unit] */
   float shrink;            /* what these are to be multiplied with */
 } Weight;
 
 typedef struct {
   const Weight *weight;
-  int64_t rows, blocks, block; /* M; how many pieces the rows are cut into, and the rows of a piece */
+  int64_t rows, pieces, piece; /* M; how many pieces the rows are cut into, and the rows of a piece */
   const float *input, *bias;
   float *output;
   int8_t *quantized;   /* [M, K] */
   float *row_scales;   /* [M, groups] */
-  int32_t *offsets;    /* [M, groups]: what sums begin with */
+  int32_t *offsets;    /* [M, blocks]: what sums begin with */
   int64_t tasks;
 } Product;
 
@@ -72,14 +72,17 @@ VNNI static void quantize_row(const Product *p, int64_t m) {
       most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of(end - k), row + k)));
     float peak = _mm512_reduce_max_ps(most);
     __m512 inverse = _mm512_set1_ps(peak > 0 ? 127.0f / peak : 0.0f);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = first; k < end; k += 16) {
-      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_of(end - k), row + k), inverse));
-      sum = _mm512_add_epi32(sum, whole);
-      _mm_mask_storeu_epi8(out + k, first_of(end - k), _mm512_cvtepi32_epi8(whole));
-    }
     p->row_scales[m * w->groups + g] = peak / 127.0f * w->shrink;
-    p->offsets[m * w->groups + g] = -zero * _mm512_reduce_add_epi32(sum);
+    for (int64_t from = first; from < end; from += w->block) {
+      int64_t to = least(from + w->block, end);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = from; k < to; k += 16) {
+        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_of(to - k), row + k), inverse));
+        sum = _mm512_add_epi32(sum, whole);
+        _mm_mask_storeu_epi8(out + k, first_of(to - k), _mm512_cvtepi32_epi8(whole));
+      }
+      p->offsets[m * w->blocks + from / w->block] = -zero * _mm512_reduce_add_epi32(sum);
+    }
   }
 }
 
@@ -140,21 +143,28 @@ VNNI static void store_row(const Product *p, int64_t m, int64_t column, const fl
   }
 }
 
-/* ROWS rows with 64 columns: totals += … over all groups. */
-VNNI INLINE void multiply_rows(const Product *p, int64_t m, const int rows, const uint8_t *panel, const uint16_t *scales, float *totals) {
+/* A group of ROWS rows with 64 columns: totals += … */
+VNNI INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const int rows, const int bits, const uint8_t *panel,
+                                const uint16_t *scales, float *totals) {
   const Weight *w = p->weight;
+  int64_t first = g * w->group, end = least(first + w->group, w->depth);
   const int8_t *left = p->quantized + m * w->depth;
-  const int with_scales = w->bits == 4;
-  for (int64_t g = 0; g < w->groups; g++) {
-    int64_t first = g * w->group, end = least(first + w->group, w->depth);
+  __m512 inner[ROWS][VECTORS];
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int v = 0; v < VECTORS; v++) inner[r][v] = _mm512_setzero_ps();
+  for (int64_t from = first; from < end; from += w->block) {
+    int64_t to = least(from + w->block, end), b = from / w->block;
     __m512i sums[ROWS][VECTORS];
     UNROLL for (int r = 0; r < rows; r++) {
-      __m512i start = _mm512_set1_epi32(p->offsets[(m + r) * w->groups + g]);
+      __m512i start = _mm512_set1_epi32(p->offsets[(m + r) * w->blocks + b]);
       UNROLL for (int v = 0; v < VECTORS; v++) sums[r][v] = start;
     }
-    for (int64_t k = first; k < end; k += 4) {
+    for (int64_t k = from; k < to; k += 4, panel += 4 * BYTES) {
       __m512i right[VECTORS];
-      UNROLL for (int v = 0; v < VECTORS; v++) right[v] = _mm512_load_si512(panel + k * 64 + 64 * v);
+      UNROLL for (int v = 0; v < VECTORS; v++) {
+        right[v] = _mm512_load_si512(panel + 64 * v);
+        __asm__("" : "+v"(right[v])); /* stays in a register; GCC 12 would load it again for every row */
+      }
       UNROLL for (int r = 0; r < rows; r++) {
         int32_t four;
         memcpy(&four, left + r * w->depth + k, 4);
@@ -162,23 +172,26 @@ VNNI INLINE void multiply_rows(const Product *p, int64_t m, const int rows, cons
         UNROLL for (int v = 0; v < VECTORS; v++) add_products(&sums[r][v], right[v], spread);
       }
     }
-    __m512 scale[VECTORS];
-    if (with_scales)
-      UNROLL for (int v = 0; v < VECTORS; v++)
-        scale[v] = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + g * w->unit + 16 * v)));
-    UNROLL for (int r = 0; r < rows; r++) {
-      __m512 row_scale = _mm512_set1_ps(p->row_scales[(m + r) * w->groups + g]);
-      UNROLL for (int v = 0; v < VECTORS; v++) {
-        float *total = totals + r * w->unit + 16 * v;
-        __m512 both = with_scales ? _mm512_mul_ps(row_scale, scale[v]) : row_scale;
-        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), both, _mm512_load_ps(total)));
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+      __m512 scale = _mm512_setzero_ps();
+      if (bits == 4) scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + b * w->unit + 16 * v)));
+      UNROLL for (int r = 0; r < rows; r++) {
+        __m512 sum = _mm512_cvtepi32_ps(sums[r][v]);
+        inner[r][v] = bits == 4 ? _mm512_fmadd_ps(sum, scale, inner[r][v]) : sum;
       }
+    }
+  }
+  UNROLL for (int r = 0; r < rows; r++) {
+    __m512 row_scale = _mm512_set1_ps(p->row_scales[(m + r) * w->groups + g]);
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+      float *total = totals + r * w->unit + 16 * v;
+      _mm512_store_ps(total, _mm512_fmadd_ps(inner[r][v], row_scale, _mm512_load_ps(total)));
     }
   }
 }
 
 /* Memory of a thread, kept from call to call and freed with the thread. */
-enum { PANEL, ACTIVATIONS, SCRATCHES };
+enum { PANEL, TOTALS, ACTIVATIONS, SCRATCHES };
 typedef struct { void *at; size_t bytes; } Scratch;
 static pthread_key_t scratch_key;
 
@@ -202,44 +215,42 @@ static void *scratch(int which, size_t bytes) {
   return kept[which].at;
 }
 
-VNNI static void multiply_some(const Product *p, int64_t m, int rows, int64_t u, const uint8_t *panel) {
+/* Many rows: a unit of columns and a piece of the rows. */
+VNNI INLINE void multiply_piece(const Product *p, int64_t u, int64_t from, int64_t end, const int bits) {
   const Weight *w = p->weight;
-  float totals[ROWS * 128] __attribute__((aligned(64)));
-  memset(totals, 0, sizeof totals);
-  for (int half = 0; half < (w->bits == 4 ? 2 : 1); half++) {
-    const uint8_t *at = panel + half * w->depth * 64;
-    const uint16_t *scales = w->bits == 4 ? w->halves + u * w->groups * w->unit + 64 * half : NULL;
-    float *to = totals + 64 * half;
-    switch (rows) {
-      case 6: multiply_rows(p, m, 6, at, scales, to); break;
-      case 5: multiply_rows(p, m, 5, at, scales, to); break;
-      case 4: multiply_rows(p, m, 4, at, scales, to); break;
-      case 3: multiply_rows(p, m, 3, at, scales, to); break;
-      case 2: multiply_rows(p, m, 2, at, scales, to); break;
-      default: multiply_rows(p, m, 1, at, scales, to); break;
+  float *totals = scratch(TOTALS, (size_t)((end - from) * w->unit) * sizeof(float));
+  uint8_t *unpacked = scratch(PANEL, (size_t)w->group * 2 * BYTES);
+  if (!totals || !unpacked) abort(); /* as ONNX Runtime's own allocations end: there is no memory left */
+  memset(totals, 0, (size_t)((end - from) * w->unit) * sizeof(float));
+  for (int64_t g = 0; g < w->groups; g++) {
+    int64_t depth = least(w->group, w->depth - g * w->group);
+    const uint8_t *panel = w->packed + (u * w->depth + g * w->group) * BYTES;
+    if (bits == 4) {
+      for (int64_t at = 0; at < depth * BYTES; at += 64) {
+        __m512i both = _mm512_load_si512(panel + at);
+        _mm512_store_si512(unpacked + at, lower_bits(both));
+        _mm512_store_si512(unpacked + depth * BYTES + at, upper_bits(both));
+      }
+      panel = unpacked;
+    }
+    for (int half = 0; half < (bits == 4 ? 2 : 1); half++) {
+      const uint8_t *right = panel + half * depth * BYTES;
+      const uint16_t *scales = w->halves + u * w->blocks * w->unit + 64 * half;
+      int64_t m = from;
+      float *at = totals + 64 * half;
+      for (; m + ROWS <= end; m += ROWS, at += ROWS * w->unit) multiply_group(p, g, m, ROWS, bits, right, scales, at);
+      if (end - m == 2) multiply_group(p, g, m, 2, bits, right, scales, at);
+      if (end - m == 1) multiply_group(p, g, m, 1, bits, right, scales, at);
     }
   }
-  for (int r = 0; r < rows; r++) store_row(p, m + r, u * w->unit, totals + r * w->unit);
+  for (int64_t m = from; m < end; m++) store_row(p, m, u * w->unit, totals + (m - from) * w->unit);
 }
 
-/* Many rows: a unit of columns and a piece of the rows. */
 VNNI static void multiply_unit(void *data, size_t number) {
   const Product *p = data;
-  const Weight *w = p->weight;
-  int64_t u = (int64_t)number / p->blocks, from = (int64_t)number % p->blocks * p->block;
-  const uint8_t *panel = w->packed + u * w->depth * BYTES;
-  if (w->bits == 4) {
-    uint8_t *unpacked = scratch(PANEL, (size_t)w->depth * (size_t)w->unit);
-    if (!unpacked) abort(); /* as ONNX Runtime's own allocations end: there is no memory left */
-    for (int64_t at = 0; at < w->depth * BYTES; at += 64) {
-      __m512i both = _mm512_load_si512(panel + at);
-      _mm512_store_si512(unpacked + at, lower_bits(both));
-      _mm512_store_si512(unpacked + w->depth * BYTES + at, upper_bits(both));
-    }
-    panel = unpacked;
-  }
-  int64_t end = least(from + p->block, p->rows);
-  for (int64_t m = from; m < end; m += ROWS) multiply_some(p, m, (int)least(ROWS, end - m), u, panel);
+  int64_t u = (int64_t)number / p->pieces, from = (int64_t)number % p->pieces * p->piece, end = least(from + p->piece, p->rows);
+  if (p->weight->bits == 4) multiply_piece(p, u, from, end, 4);
+  else multiply_piece(p, u, from, end, 8);
 }
 
 /* One row with one unit: the weights are unpacked on their way from memory. */
@@ -247,30 +258,33 @@ VNNI INLINE void multiply_one(const Product *p, int64_t u, const int bits) {
   const Weight *w = p->weight;
   const int vectors = bits == 4 ? 8 : 4;
   const uint8_t *at = w->packed + u * w->depth * BYTES;
-  const uint16_t *scales = w->halves + u * w->groups * w->unit;
+  const uint16_t *scales = w->halves + u * w->blocks * w->unit;
   float totals[128] __attribute__((aligned(64)));
   memset(totals, 0, sizeof totals);
-  for (int64_t g = 0; g < w->groups; g++, scales += w->unit) {
-    int64_t last = least((g + 1) * w->group, w->depth);
-    __m512i sums[8];
-    UNROLL for (int v = 0; v < vectors; v++) sums[v] = _mm512_set1_epi32(p->offsets[g]);
-    for (int64_t k = g * w->group; k < last; k += 4, at += 4 * BYTES) {
-      int32_t left;
-      memcpy(&left, p->quantized + k, 4);
-      __m512i spread = _mm512_set1_epi32(left);
-      UNROLL for (int v = 0; v < 4; v++) {
-        __m512i right = _mm512_load_si512(at + 64 * v);
-        _mm_prefetch((const char *)(at + 64 * v + AHEAD), _MM_HINT_T0);
-        add_products(&sums[v], bits == 4 ? lower_bits(right) : right, spread);
-        if (bits == 4) add_products(&sums[v + 4], upper_bits(right), spread);
-      }
-    }
+  for (int64_t g = 0; g < w->groups; g++) {
+    int64_t first = g * w->group, end = least(first + w->group, w->depth);
     __m512 row_scale = _mm512_set1_ps(p->row_scales[g]);
-    UNROLL for (int v = 0; v < vectors; v++) {
-      __m512 both = row_scale;
-      if (bits == 4) both = _mm512_mul_ps(both, _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + 16 * v))));
-      __m512 total = _mm512_load_ps(totals + 16 * v);
-      _mm512_store_ps(totals + 16 * v, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), both, total));
+    for (int64_t from = first; from < end; from += w->block, scales += w->unit) {
+      int64_t to = least(from + w->block, end);
+      __m512i sums[8];
+      UNROLL for (int v = 0; v < vectors; v++) sums[v] = _mm512_set1_epi32(p->offsets[from / w->block]);
+      for (int64_t k = from; k < to; k += 4, at += 4 * BYTES) {
+        int32_t left;
+        memcpy(&left, p->quantized + k, 4);
+        __m512i spread = _mm512_set1_epi32(left);
+        UNROLL for (int v = 0; v < 4; v++) {
+          __m512i right = _mm512_load_si512(at + 64 * v);
+          _mm_prefetch((const char *)(at + 64 * v + AHEAD), _MM_HINT_T0);
+          add_products(&sums[v], bits == 4 ? lower_bits(right) : right, spread);
+          if (bits == 4) add_products(&sums[v + 4], upper_bits(right), spread);
+        }
+      }
+      UNROLL for (int v = 0; v < vectors; v++) {
+        __m512 both = row_scale;
+        if (bits == 4) both = _mm512_mul_ps(both, _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(scales + 16 * v))));
+        __m512 total = _mm512_load_ps(totals + 16 * v);
+        _mm512_store_ps(totals + 16 * v, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), both, total));
+      }
     }
   }
   store_row(p, 0, u * w->unit, totals);
@@ -367,10 +381,10 @@ VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
   w->scales = scales;
   if (w->bits == 8) return 1;
   /* As float16 in the order of lanes; a power of two keeps them in its range. */
-  w->halves = take((size_t)(w->units * w->groups * w->unit) * 2);
+  w->halves = take((size_t)(w->units * w->blocks * w->unit) * 2);
   if (!w->halves) return 0;
   float peak = 0.0f, grow = 1.0f;
-  for (int64_t n = 0; n < w->groups * w->columns; n++) peak = __builtin_fmaxf(peak, __builtin_fabsf(scales[n]));
+  for (int64_t n = 0; n < w->blocks * w->columns; n++) peak = __builtin_fmaxf(peak, __builtin_fabsf(scales[n]));
   if (peak > 0 && peak < __builtin_inff()) {
     int exponent;
     __builtin_frexpf(peak, &exponent);
@@ -379,15 +393,15 @@ VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
   }
   float line[16];
   for (int64_t u = 0; u < w->units; u++)
-    for (int64_t g = 0; g < w->groups; g++)
+    for (int64_t g = 0; g < w->blocks; g++)
       for (int v = 0; v < 8; v++) {
         for (int j = 0; j < 16; j++) {
           int64_t n = u * w->unit + 2 * place_of(v % 4, j) + v / 4;
           line[j] = n < w->columns ? scales[g * w->columns + n] * grow : 0.0f;
         }
-        _mm256_store_si256((__m256i *)(w->halves + (u * w->groups + g) * w->unit + 16 * v), _mm512_cvtps_ph(_mm512_loadu_ps(line), 0));
+        _mm256_store_si256((__m256i *)(w->halves + (u * w->blocks + g) * w->unit + 16 * v), _mm512_cvtps_ph(_mm512_loadu_ps(line), 0));
       }
-  forget_pages(scales, (size_t)(w->groups * w->columns) * sizeof(float));
+  forget_pages(scales, (size_t)(w->blocks * w->columns) * sizeof(float));
   return 1;
 }
 
@@ -446,7 +460,7 @@ static void *create(const CustomOp *op, const OrtApi *api, Handle info) {
   Handle values[2] = {0};
   void *data[2] = {0};
   int constant = 0;
-  int64_t dims[16], block = INT8_GROUP;
+  int64_t dims[16], block = GROUP;
   kernel->api = api;
   if (op->bits == 4) call[ATTRIBUTE_INT](info, "block_size", &block);
   for (size_t n = 0; n < 2; n++) {
@@ -458,7 +472,9 @@ static void *create(const CustomOp *op, const OrtApi *api, Handle info) {
   w->bits = op->bits;
   w->depth = dims[0];
   w->columns = dims[1] * 8 / w->bits;
-  w->group = least(block, w->depth);
+  w->block = least(block, w->depth);
+  w->blocks = (w->depth + w->block - 1) / w->block;
+  w->group = w->block * (w->block < GROUP ? GROUP / w->block : 1);
   w->groups = (w->depth + w->group - 1) / w->group;
   w->unit = BYTES * 8 / w->bits;
   w->units = (w->columns + w->unit - 1) / w->unit;
@@ -507,22 +523,22 @@ static void compute(void *opaque, Handle context) {
     api[TENSOR_DATA](inputs[3], &data);
     p.bias = data;
   }
-  size_t cells = (size_t)(p.rows * w->groups), bytes = ((size_t)(p.rows * w->depth) + 63) & ~(size_t)63;
-  p.quantized = scratch(ACTIVATIONS, bytes + 8 * cells);
+  size_t bytes = ((size_t)(p.rows * w->depth) + 63) & ~(size_t)63;
+  p.quantized = scratch(ACTIVATIONS, bytes + 4 * (size_t)(p.rows * (w->groups + w->blocks)));
   if (!p.quantized) abort();
   p.row_scales = (float *)(p.quantized + bytes);
-  p.offsets = (int32_t *)(p.row_scales + cells);
+  p.offsets = (int32_t *)(p.row_scales + p.rows * w->groups);
   if (p.rows == 1) {
     quantize_row(&p, 0);
     p.tasks = least(w->units, 8);
     api[PARALLEL_FOR](context, multiply_row, (size_t)p.tasks, (size_t)0, &p);
     return;
   }
-  /* Few units do not divide well among threads. */
-  p.blocks = p.rows >= 128 && w->units < 32 ? 4 : 1;
-  p.block = ((p.rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS;
+  /* Pieces of the rows, so that totals stay in cache, and few units divide among threads. */
+  p.pieces = (p.rows + TASK_ROWS - 1) / TASK_ROWS;
+  p.piece = ((p.rows + p.pieces - 1) / p.pieces + ROWS - 1) / ROWS * ROWS;
   api[PARALLEL_FOR](context, quantize_rows, (size_t)p.rows, (size_t)0, &p);
-  api[PARALLEL_FOR](context, multiply_unit, (size_t)(w->units * p.blocks), (size_t)0, &p);
+  api[PARALLEL_FOR](context, multiply_unit, (size_t)(w->units * p.pieces), (size_t)0, &p);
 }
 
 static CustomOp OPS[2];
