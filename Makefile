@@ -25,7 +25,7 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python tools/cli_reference.py
 
-$(READY): pyproject.toml edgevlm/kernels/matmul.c
+$(READY): pyproject.toml $(wildcard edgevlm/kernels/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	touch $(READY)

@@ -1,4 +1,5 @@
-"""Products with INT4 and INT8 weights for x86 processors with AVX-512 VNNI, as operators for ONNX Runtime: `matmul.c`.
+"""Products with INT4 and INT8 weights (`matmul.c`), and attention (`attention.c`), for x86 processors with AVX-512 VNNI, as
+operators for ONNX Runtime.
 
 They are compiled when the package is installed, where there is a C compiler; without them, ONNX Runtime's own kernels do the
 same. See docs/performance.md for what they gain.
@@ -20,7 +21,7 @@ SWITCH = "EDGEVLM_KERNELS"
 
 @functools.cache
 def _library() -> Path | None:
-    return next(iter(sorted(Path(__file__).parent.glob("_matmul*.so"))), None)
+    return next(iter(sorted(Path(__file__).parent.glob("_operators*.so"))), None)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Puts the products of `matmul.c` into a graph: `DequantizeLinear` of a constant before `MatMul` becomes one operator.
+"""Puts the operators of this folder into a graph: `DequantizeLinear` of a constant before `MatMul` becomes one operator, and
+in graphs that have such products, `Attention` becomes ours.
 
 The graph is read and written with protobuf, which ONNX Runtime brings along; the robot needs no package for graphs. Only the
 fields that matter here are described, by their numbers in
@@ -16,8 +17,11 @@ __all__ = ["graph_with_kernels"]
 
 _DOMAIN = "edgevlm"
 #: TensorProto.DataType
-_FLOAT, _UINT8, _INT8, _INT4 = 1, 2, 3, 22
+_FLOAT, _UINT8, _INT8, _BOOL, _INT4 = 1, 2, 3, 9, 22
 _INT_ATTRIBUTE = 2
+#: Operators that make truth values, and those that hand on the type of their first input.
+_TRUTH = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor")
+_SAME_TYPE = ("Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 _EXTERNAL = 1
 
 #: Message → field → number, type; a trailing * marks a repeated one.
@@ -25,9 +29,14 @@ _FIELDS = {
     "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
     "Opset": {"domain": (1, "string"), "version": (2, "int64")},
     "Graph": {
-        "node": (1, "Node*"), "initializer": (5, "Tensor*"), "output": (12, "Value*"), "value_info": (13, "Value*"),
+        "node": (1, "Node*"), "initializer": (5, "Tensor*"), "input": (11, "Value*"), "output": (12, "Value*"),
+        "value_info": (13, "Value*"),
     },
-    "Value": {"name": (1, "string")},
+    "Value": {"name": (1, "string"), "type": (2, "Type")},
+    "Type": {"tensor_type": (1, "TensorType")},
+    "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
+    "Shape": {"dim": (1, "Dim*")},
+    "Dim": {"dim_value": (1, "int64")},
     "Node": {
         "input": (1, "string*"), "output": (2, "string*"), "name": (3, "string"), "op_type": (4, "string"),
         "attribute": (5, "Attribute*"), "domain": (7, "string"),
@@ -93,9 +102,16 @@ def graph_with_kernels(path: Path) -> bytes | None:
                 gone.append(plus)
     if not gone:
         return None
+    given = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    for node in graph.node:
+        if node.op_type == "Attention" and _replaceable(node, makers, given):
+            node.domain = _DOMAIN
+            kept = [attribute for attribute in node.attribute if attribute.name == "scale"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     removed = {id(node) for node in gone}
     kept = [node for node in graph.node if id(node) not in removed]
-    packed = [weights[node.input[1]] for node in kept if node.domain == _DOMAIN]
+    packed = [weights[node.input[1]] for node in kept if node.domain == _DOMAIN and node.op_type != "Attention"]
     for tensor in packed:
         if tensor.data_type == _INT4:
             tensor.data_type, tensor.dims[1] = _UINT8, tensor.dims[1] // 2
@@ -128,3 +144,25 @@ def _operator(dequantize: Any, weights: dict[str, Any], readers: Counter[str]) -
         attribute = type(dequantize).DESCRIPTOR.fields_by_name["attribute"].message_type._concrete_class
         return "MatMulInt4", [attribute(name="block_size", i=block, type=_INT_ATTRIBUTE)], columns
     return None
+
+
+def _replaceable(node: Any, makers: dict[str, Any], given: dict[str, int]) -> bool:
+    """Whether our attention does what this one does: four-dimensional inputs, a scale, and at most a mask of truth values."""
+    if node.domain or len(node.output) != 1 or len(node.input) > 4:
+        return False
+    # A scale says that inputs are four-dimensional here: with head counts as attributes, they have three.
+    if {attribute.name for attribute in node.attribute} != {"scale"}:
+        return False
+    return len(node.input) < 4 or not node.input[3] or _is_truth(node.input[3], makers, given)
+
+
+def _is_truth(name: str, makers: dict[str, Any], given: dict[str, int]) -> bool:
+    if name in given:
+        return given[name] == _BOOL
+    node = makers.get(name)
+    if node is None:
+        return False
+    if node.op_type == "Cast":
+        return any(attribute.name == "to" and attribute.i == _BOOL for attribute in node.attribute)
+    inputs = node.input[1:] if node.op_type == "Where" else node.input
+    return node.op_type in _TRUTH or (node.op_type in (*_SAME_TYPE, "Where") and _is_truth(inputs[0], makers, given))

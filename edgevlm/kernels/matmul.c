@@ -12,18 +12,13 @@
  * Packed weights lie in huge pages: with small ones, finding the pages takes a quarter of the time of a token.
  */
 #if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
+#include "interface.h"
+
 #include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define INLINE __attribute__((always_inline)) static inline
-#define UNROLL _Pragma("GCC unroll 8")
 
 enum { BYTES = 64, ROWS = 3, VECTORS = 4, GROUP = 128, AHEAD = 2048, TASK_ROWS = 192 };
 
@@ -52,15 +47,13 @@ typedef struct {
   int64_t tasks;
 } Product;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t row_bytes(const Weight *w) { return w->columns * w->bits / 8; }
-INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 INLINE __mmask64 bytes_of(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
 /* The place, in units of its vector's kind, of lane j of vector v. */
 INLINE int place_of(int v, int j) { return (j / 4) * 16 + v * 4 + j % 4; }
 
-VNNI static void quantize_row(const Product *p, int64_t m) {
+WIDE static void quantize_row(const Product *p, int64_t m) {
   const Weight *w = p->weight;
   const float *row = p->input + m * w->depth;
   int8_t *out = p->quantized + m * w->depth;
@@ -87,7 +80,7 @@ VNNI static void quantize_row(const Product *p, int64_t m) {
 }
 
 /* Four rows of 64 bytes, side by side. */
-VNNI INLINE void interleave(const uint8_t *at, int64_t stride, __mmask64 mask, __m512i *out) {
+WIDE INLINE void interleave(const uint8_t *at, int64_t stride, __mmask64 mask, __m512i *out) {
   __m512i a = _mm512_maskz_loadu_epi8(mask, at), b = _mm512_maskz_loadu_epi8(mask, at + stride);
   __m512i c = _mm512_maskz_loadu_epi8(mask, at + 2 * stride), d = _mm512_maskz_loadu_epi8(mask, at + 3 * stride);
   __m512i ab = _mm512_unpacklo_epi8(a, b), ab2 = _mm512_unpackhi_epi8(a, b);
@@ -98,16 +91,16 @@ VNNI INLINE void interleave(const uint8_t *at, int64_t stride, __mmask64 mask, _
   out[3] = _mm512_unpackhi_epi16(ab2, cd2);
 }
 
-VNNI INLINE __m512i lower_bits(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(0x0f)); }
-VNNI INLINE __m512i upper_bits(__m512i x) { return lower_bits(_mm512_srli_epi16(x, 4)); }
+WIDE INLINE __m512i lower_bits(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(0x0f)); }
+WIDE INLINE __m512i upper_bits(__m512i x) { return lower_bits(_mm512_srli_epi16(x, 4)); }
 
 /* sum += weights * activations, four neighbours at a time. The intrinsic does the same, with copies around it (GCC 12). */
-VNNI INLINE void add_products(__m512i *sum, __m512i weights, __m512i activations) {
+WIDE INLINE void add_products(__m512i *sum, __m512i weights, __m512i activations) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(activations));
 }
 
 /* Vectors in the order of lanes to 64 neighbours in order. */
-VNNI INLINE void sort_lanes(__m512 *v) {
+WIDE INLINE void sort_lanes(__m512 *v) {
   __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
   __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
   v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
@@ -116,7 +109,7 @@ VNNI INLINE void sort_lanes(__m512 *v) {
   v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
-VNNI INLINE void store_vector(const Product *p, int64_t m, int64_t column, __m512 value) {
+WIDE INLINE void store_vector(const Product *p, int64_t m, int64_t column, __m512 value) {
   int64_t left = p->weight->columns - column;
   if (left <= 0) return;
   if (p->weight->bits == 8) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(first_of(left), p->weight->scales + column));
@@ -125,7 +118,7 @@ VNNI INLINE void store_vector(const Product *p, int64_t m, int64_t column, __m51
 }
 
 /* A row of a unit: 64 totals in the order of lanes, of INT4 another 64 for the odd columns. */
-VNNI static void store_row(const Product *p, int64_t m, int64_t column, const float *totals) {
+WIDE static void store_row(const Product *p, int64_t m, int64_t column, const float *totals) {
   __m512 even[4], odd[4];
   for (int v = 0; v < 4; v++) even[v] = _mm512_load_ps(totals + 16 * v);
   sort_lanes(even);
@@ -144,7 +137,7 @@ VNNI static void store_row(const Product *p, int64_t m, int64_t column, const fl
 }
 
 /* A group of ROWS rows with 64 columns: totals += … */
-VNNI INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const int rows, const int bits, const uint8_t *panel,
+WIDE INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const int rows, const int bits, const uint8_t *panel,
                                 const uint16_t *scales, float *totals) {
   const Weight *w = p->weight;
   int64_t first = g * w->group, end = least(first + w->group, w->depth);
@@ -190,33 +183,8 @@ VNNI INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const in
   }
 }
 
-/* Memory of a thread, kept from call to call and freed with the thread. */
-enum { PANEL, TOTALS, ACTIVATIONS, SCRATCHES };
-typedef struct { void *at; size_t bytes; } Scratch;
-static pthread_key_t scratch_key;
-
-static void free_scratch(void *kept) {
-  for (int n = 0; n < SCRATCHES; n++) free(((Scratch *)kept)[n].at);
-  free(kept);
-}
-
-static void *scratch(int which, size_t bytes) {
-  Scratch *kept = pthread_getspecific(scratch_key);
-  if (!kept) {
-    kept = calloc(SCRATCHES, sizeof *kept);
-    if (!kept || pthread_setspecific(scratch_key, kept)) return NULL;
-  }
-  if (kept[which].bytes < bytes) {
-    free(kept[which].at);
-    bytes = (bytes + 4095) & ~(size_t)4095;
-    kept[which].at = aligned_alloc(64, bytes);
-    kept[which].bytes = kept[which].at ? bytes : 0;
-  }
-  return kept[which].at;
-}
-
 /* Many rows: a unit of columns and a piece of the rows. */
-VNNI INLINE void multiply_piece(const Product *p, int64_t u, int64_t from, int64_t end, const int bits) {
+WIDE INLINE void multiply_piece(const Product *p, int64_t u, int64_t from, int64_t end, const int bits) {
   const Weight *w = p->weight;
   float *totals = scratch(TOTALS, (size_t)((end - from) * w->unit) * sizeof(float));
   uint8_t *unpacked = scratch(PANEL, (size_t)w->group * 2 * BYTES);
@@ -246,7 +214,7 @@ VNNI INLINE void multiply_piece(const Product *p, int64_t u, int64_t from, int64
   for (int64_t m = from; m < end; m++) store_row(p, m, u * w->unit, totals + (m - from) * w->unit);
 }
 
-VNNI static void multiply_unit(void *data, size_t number) {
+WIDE static void multiply_unit(void *data, size_t number) {
   const Product *p = data;
   int64_t u = (int64_t)number / p->pieces, from = (int64_t)number % p->pieces * p->piece, end = least(from + p->piece, p->rows);
   if (p->weight->bits == 4) multiply_piece(p, u, from, end, 4);
@@ -254,7 +222,7 @@ VNNI static void multiply_unit(void *data, size_t number) {
 }
 
 /* One row with one unit: the weights are unpacked on their way from memory. */
-VNNI INLINE void multiply_one(const Product *p, int64_t u, const int bits) {
+WIDE INLINE void multiply_one(const Product *p, int64_t u, const int bits) {
   const Weight *w = p->weight;
   const int vectors = bits == 4 ? 8 : 4;
   const uint8_t *at = w->packed + u * w->depth * BYTES;
@@ -290,7 +258,7 @@ VNNI INLINE void multiply_one(const Product *p, int64_t u, const int bits) {
   store_row(p, 0, u * w->unit, totals);
 }
 
-VNNI static void multiply_row(void *data, size_t number) {
+WIDE static void multiply_row(void *data, size_t number) {
   const Product *p = data;
   int64_t n = (int64_t)number, begin = n * p->weight->units / p->tasks, end = (n + 1) * p->weight->units / p->tasks;
   for (int64_t u = begin; u < end; u++) {
@@ -360,7 +328,7 @@ static void forget_pages(const void *at, size_t bytes) {
 /* Rows that are packed at once: few, so that the pages they lie in are met once. */
 enum { PACKED_ROWS = 64 };
 
-VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
+WIDE static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
   int64_t stride = row_bytes(w);
   w->packed = take((size_t)(w->units * w->depth) * BYTES);
   if (!w->packed) return 0;
@@ -405,51 +373,9 @@ VNNI static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
   return 1;
 }
 
-/* ------------------------------------------------------------------------------------------ ONNX Runtime's C interface */
-
-typedef struct OrtApi OrtApi;
-typedef void *Handle;
-typedef Handle (*Function)();
-struct OrtApi { Function at[400]; };
-/* Places in the table. */
-enum {
-  CREATE_DOMAIN = 26, DOMAIN_ADD = 27, ADD_DOMAIN = 28, TENSOR_DATA = 51, DIMENSION_COUNT = 61, DIMENSIONS = 62,
-  TENSOR_SHAPE = 65, ATTRIBUTE_INT = 86, INPUT_COUNT = 88, GET_INPUT = 90, GET_OUTPUT = 91, RELEASE_SHAPE = 99, CONSTANT_INPUT = 249,
-  PARALLEL_FOR = 274,
-  API_VERSION = 17
-};
-typedef struct { const OrtApi *(*get)(uint32_t); const char *(*version)(void); } OrtApiBase;
-
-typedef struct CustomOp CustomOp;
-struct CustomOp {
-  uint32_t version;
-  void *(*create)(const CustomOp *, const OrtApi *, Handle);
-  const char *(*name)(const CustomOp *);
-  const char *(*provider)(const CustomOp *);
-  int (*input_type)(const CustomOp *, size_t);
-  size_t (*input_count)(const CustomOp *);
-  int (*output_type)(const CustomOp *, size_t);
-  size_t (*output_count)(const CustomOp *);
-  void (*compute)(void *, Handle);
-  void (*destroy)(void *);
-  int (*input_kind)(const CustomOp *, size_t);
-  int (*output_kind)(const CustomOp *, size_t);
-  int bits; /* behind what ONNX Runtime reads at this version */
-  void *room[32];
-};
-enum { OP_VERSION = 12, FLOAT = 1, UINT8 = 2, INT8 = 3, REQUIRED = 0, OPTIONAL = 1 };
+/* ------------------------------------------------------------------------------------------ the operators */
 
 typedef struct { const OrtApi *api; Weight weight; int ready; } Kernel;
-
-static size_t read_shape(const Function *api, Handle value, int64_t *dims) {
-  Handle shape = NULL;
-  size_t count = 0;
-  api[TENSOR_SHAPE](value, &shape);
-  api[DIMENSION_COUNT](shape, &count);
-  api[DIMENSIONS](shape, dims, count);
-  api[RELEASE_SHAPE](shape);
-  return count;
-}
 
 /* Weights and scales are constants of the graph. */
 static void *create(const CustomOp *op, const OrtApi *api, Handle info) {
@@ -541,30 +467,8 @@ static void compute(void *opaque, Handle context) {
   api[PARALLEL_FOR](context, multiply_unit, (size_t)(w->units * p.pieces), (size_t)0, &p);
 }
 
-static CustomOp OPS[2];
-
-/* Whether this processor has the instructions. */
-int edgevlm_usable(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
-}
-
-Handle RegisterCustomOps(Handle options, const OrtApiBase *base) {
-  static Handle domain;
-  const OrtApi *api = base->get(API_VERSION);
-  if (!domain) {
-    pthread_key_create(&scratch_key, free_scratch);
-    api->at[CREATE_DOMAIN]("edgevlm", &domain);
-    for (int n = 0; n < 2; n++) {
-      OPS[n] = (CustomOp){OP_VERSION, create, name, provider, input_type, input_count, output_type, output_count, compute, destroy,
-                          input_kind, output_kind, n ? 8 : 4, {0}};
-      Handle status = api->at[DOMAIN_ADD](domain, &OPS[n]);
-      if (status) return status;
-    }
-  }
-  return api->at[ADD_DOMAIN](options, domain);
-}
-#else
-int edgevlm_usable(void) { return 0; }
+CustomOp matmul_int4 = {OP_VERSION, create, name, provider, input_type, input_count, output_type, output_count, compute, destroy,
+                        input_kind, output_kind, 4, {0}};
+CustomOp matmul_int8 = {OP_VERSION, create, name, provider, input_type, input_count, output_type, output_count, compute, destroy,
+                        input_kind, output_kind, 8, {0}};
 #endif

@@ -44,6 +44,8 @@ def test_every_product_with_a_quantized_weight(quantized, recipe: str) -> None:
         assert operators(before).count("MatMul") == sum(name in ("MatMulInt4", "MatMulInt8") for name in operators(after))
         assert own in operators(after)
         assert "MatMul" not in operators(after)
+        domains = {node.domain for node in after.graph.node if node.op_type == "Attention"}
+        assert domains == {"edgevlm"}, "a bool mask, or none"
         assert [value.name for value in after.graph.output] == [value.name for value in before.graph.output]
         assert {entry.domain for entry in after.opset_import} == {"", "edgevlm"}
         made = {name for node in after.graph.node for name in node.output} | {v.name for v in after.graph.input}
@@ -103,3 +105,25 @@ def test_answers_stay(quantized, monkeypatch: pytest.MonkeyPatch, recipe: str) -
                 picture = render_scene(sample_scene(11_960_000 + number))
                 answers = [vlm.generate("Describe the scene.", images=[picture]).text for vlm in (own, other)]
                 assert answers[0] == answers[1]
+
+
+def test_attention_with_another_mask_stays(tmp_path: Path) -> None:
+    """A mask of numbers is added to scores, which our operator does not do."""
+    path = graph_file(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    for name, kind in (("q", TensorProto.FLOAT), ("m", TensorProto.FLOAT), ("b", TensorProto.BOOL)):
+        model.graph.input.append(helper.make_tensor_value_info(name, kind, [1, 1, 4, 4]))
+    model.graph.node.extend(
+        [
+            helper.make_node("Unsqueeze", ["b", "axis"], ["c"]),
+            helper.make_node("Attention", ["q", "q", "q", "m"], ["added"], scale=1.0),
+            helper.make_node("Attention", ["q", "q", "q", "c"], ["hidden"], scale=1.0),
+            helper.make_node("Attention", ["q", "q", "q"], ["softcap"], scale=1.0, softcap=2.0),
+            helper.make_node("Attention", ["q", "q", "q"], ["causal"], is_causal=1, scale=1.0),
+            helper.make_node("Attention", ["q", "q", "q"], ["plain"], scale=1.0),
+        ]
+    )
+    path.write_bytes(model.SerializeToString())
+    after = onnx.load_from_string(graph_with_kernels(path) or b"")
+    ours = {node.output[0] for node in after.graph.node if node.op_type == "Attention" and node.domain == "edgevlm"}
+    assert ours == {"hidden", "plain"}
