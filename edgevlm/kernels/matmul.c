@@ -4,8 +4,9 @@
  * units can do (docs/performance.md). Here weights, INT4 [K, N] with two columns in a byte or INT8 [K, N], are packed once, and
  * the pages of the file that they came from are given back.
  *
- * Activations are quantized to int8 group by group: 128 neighbours in a row share a scale, whole blocks of INT4. Weights are made unsigned by an offset, because vpdpbusd multiplies unsigned by signed bytes; what that
- * adds is known from the sums of the activations, and sums begin with minus it.
+ * Activations are quantized to int8 group by group: 128 neighbours in a row share a scale, whole blocks of INT4. Weights are
+ * made unsigned by an offset, because vpdpbusd multiplies unsigned by signed bytes; what that adds is known from the sums of the
+ * activations, and sums begin with minus it.
  *
  * A unit is 64 bytes of a row of weights. Packed, a unit lies in one piece, four rows of it side by side in 32-bit lanes; this
  * shuffles columns within 128-bit lanes. Scales are kept in that order, and results are put back in order when they are stored.
@@ -41,7 +42,7 @@ typedef struct {
   int64_t rows, pieces, piece; /* M; how many pieces the rows are cut into, and the rows of a piece */
   const float *input, *bias;
   float *output;
-  int8_t *quantized;   /* [M, K] */
+  int8_t *quantized;   /* [groups, M, group]: what is multiplied with one panel lies together */
   float *row_scales;   /* [M, groups] */
   int32_t *offsets;    /* [M, blocks]: what sums begin with */
   int64_t tasks;
@@ -56,10 +57,10 @@ INLINE int place_of(int v, int j) { return (j / 4) * 16 + v * 4 + j % 4; }
 WIDE static void quantize_row(const Product *p, int64_t m) {
   const Weight *w = p->weight;
   const float *row = p->input + m * w->depth;
-  int8_t *out = p->quantized + m * w->depth;
   int32_t zero = w->bits == 4 ? 8 : 128;
   for (int64_t g = 0; g < w->groups; g++) {
     int64_t first = g * w->group, end = least(first + w->group, w->depth);
+    int8_t *out = p->quantized + first * p->rows + m * (end - first) - first;
     __m512 most = _mm512_setzero_ps();
     for (int64_t k = first; k < end; k += 16)
       most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of(end - k), row + k)));
@@ -141,7 +142,7 @@ WIDE INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const in
                                 const uint16_t *scales, float *totals) {
   const Weight *w = p->weight;
   int64_t first = g * w->group, end = least(first + w->group, w->depth);
-  const int8_t *left = p->quantized + m * w->depth;
+  const int8_t *left = p->quantized + first * p->rows + m * (end - first) - first;
   __m512 inner[ROWS][VECTORS];
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < VECTORS; v++) inner[r][v] = _mm512_setzero_ps();
@@ -160,7 +161,7 @@ WIDE INLINE void multiply_group(const Product *p, int64_t g, int64_t m, const in
       }
       UNROLL for (int r = 0; r < rows; r++) {
         int32_t four;
-        memcpy(&four, left + r * w->depth + k, 4);
+        memcpy(&four, left + r * (end - first) + k, 4);
         __m512i spread = _mm512_set1_epi32(four);
         UNROLL for (int v = 0; v < VECTORS; v++) add_products(&sums[r][v], right[v], spread);
       }
