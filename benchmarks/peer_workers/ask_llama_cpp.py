@@ -106,8 +106,8 @@ def _write_clip(checkpoint: Path, config: dict[str, Any], output: Path) -> None:
         "embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding": "v.patch_embd",
         "embeddings.position_embedding": "v.position_embd", "pre_layrnorm": "v.pre_ln",
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
-        "linear_1": "mm.0", "linear_2": "mm.2",
+        "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2", "mlp.fc1": "ffn_up",
+        "mlp.fc2": "ffn_down", "linear_1": "mm.0", "linear_2": "mm.2",
     }  # fmt: skip
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -164,7 +164,6 @@ class LlamaCpp:
         return self.log.read().decode(errors="replace")
 
     def ask(self, job: Job) -> Answer:
-        before = len(self._logged())
         clock = Clock()
         prompt: Any = job.prompt
         if job.picture:
@@ -191,12 +190,9 @@ class LlamaCpp:
         if not clock.times:
             clock.tick()
         times = last["timings"]
-        encoded = re.findall(r"slice encoded in (\d+) ms", self._logged()[before:])
-        vision = float(encoded[-1]) if encoded else 0.0
         return Answer(
             first_token=clock.first, tokens_per_second=times["predicted_per_second"] if job.new_tokens > 1 else None,
-            vision=vision, prefill=clock.first - vision, prompt_tokens=times["prompt_n"] + times.get("cache_n", 0),
-            tokens=times["predicted_n"],
+            prompt_tokens=times["prompt_n"] + times.get("cache_n", 0), tokens=times["predicted_n"],
         )  # fmt: skip
 
     def peak(self) -> int:

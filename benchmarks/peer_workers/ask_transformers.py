@@ -36,16 +36,10 @@ class Transformers:
             config = CompileConfig(fullgraph=False, mode="default", dynamic=False)
             config._compile_all_devices = True  # what otherwise is for accelerators alone
             self.options |= {"cache_implementation": "static", "compile_config": config}
-        self.seen = 0.0
-        vision = self.model.model.get_image_features
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            features = vision(*args, **kwargs)
-            self.seen = 1e3 * (time.perf_counter() - began)
-            return features
-
-        self.model.model.get_image_features = timed
+        self.began = self.seen = 0.0
+        tower = next(module for name, module in self.model.named_modules() if name.endswith(("vision_tower", "visual")))
+        tower.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()))
+        tower.register_forward_hook(lambda *_: setattr(self, "seen", 1e3 * (time.perf_counter() - self.began)))
         self.versions = {name: version(name) for name in ("transformers", "torch")}
 
     def ask(self, job: Job) -> Answer:

@@ -1,8 +1,12 @@
 """What the workers of all peers have in common. Standard library and Pillow only: it runs in every peer's environment.
 
-A worker is `python -m peer_workers.NAME prepare CHECKPOINT DECODER OUTPUT`, which makes of a Hugging Face checkpoint what the
-peer runs (`DECODER` is its language model alone); `… install` does what pip cannot; or `python -m peer_workers.NAME run`, which answers on standard output, one
-JSON object a line, what it is asked on standard input: first the settings, then jobs, until the input ends.
+A worker is `python -m peer_workers.NAME` with
+
+- `install`: does what pip cannot,
+- `prepare CHECKPOINT DECODER OUTPUT`: makes of a Hugging Face checkpoint what the peer runs (`DECODER` is its language model
+  alone),
+- `run`: answers on standard output, one JSON object a line, what it is asked on standard input: first the settings, then jobs,
+  until the input ends.
 """
 
 from __future__ import annotations
@@ -96,7 +100,8 @@ class Clock:
 
 def call(*command: str | Path, **variables: str) -> None:
     """Runs a tool; where it fails, what it said last is what this process says last."""
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, errors="replace")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         sys.exit((done.stdout + done.stderr).strip() or f"{command[0]} failed without a word")
 

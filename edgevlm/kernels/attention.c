@@ -1,8 +1,11 @@
 /* Attention of float32 queries, keys and values, as ONNX's Attention with a bool mask has it.
  *
- * ONNX Runtime's kernel multiplies all queries with the whole capacity of the KV cache. Here what a tile of queries cannot see at
- * either end is skipped (where a query sees nothing, the result is 0, as there), and query heads that share a key head are tiles of one product. Scores of a tile are kept whole, so
- * the softmax is the ordinary one.
+ * ONNX Runtime's kernel multiplies all queries with the whole capacity of the KV cache. Here what a tile of queries cannot see
+ * at either end is skipped (where a query sees nothing, the result is 0, as there), and query heads that share a key head are
+ * tiles of one product. Scores of a tile are kept whole, so the softmax is the ordinary one.
+ *
+ * Many queries at once, of a picture or a prompt, are multiplied in bfloat16 where the processor can: pairs of neighbours at a
+ * time, sums in float32. A single token's stay in float32: there reading the cache is what takes the time.
  */
 #if defined(__x86_64__) && defined(__linux__)
 #define _GNU_SOURCE
@@ -11,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TILE = 6, KEYS_AT_ONCE = 64, TILES_A_TASK = 8 };
+enum { TILE = 6, KEYS_AT_ONCE = 64, TILES_A_TASK = 8, MANY_ROWS = 24 };
 
 typedef struct {
   int64_t batch, heads, key_heads, queries, keys, width, value_width; /* B, Hq, Hkv, S, T, D, Dv */
@@ -21,6 +24,10 @@ typedef struct {
   const uint8_t *mask;     /* of [B, Hq, S, T] by strides; null: all is seen */
   int64_t mask_strides[4];
   float *transposed;       /* keys [B, Hkv, padded / 64, D, 64] */
+  int paired;              /* in bfloat16: */
+  int64_t pairs, columns;  /* of neighbours in D; Dv up to whole vectors */
+  uint32_t *key_pairs;     /* [B, Hkv, padded / 64, pairs, 64] */
+  uint32_t *value_pairs;   /* of neighbours in T: [B, Hkv, padded / 2, columns] */
   float *output;
   int64_t tasks;           /* of a key head */
 } Call;
@@ -41,10 +48,9 @@ WIDE INLINE __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-/* 16 rows of 16 numbers to 16 columns: within 128 bits, then between. */
-WIDE INLINE void transpose_square(const float *from, int64_t stride, __mmask16 width, int64_t rows, float *to) {
-  __m512 a[16], b[16];
-  UNROLL for (int i = 0; i < 16; i++) a[i] = i < rows ? _mm512_maskz_loadu_ps(width, from + i * stride) : _mm512_setzero_ps();
+/* 16 rows of 16 numbers to columns `KEYS_AT_ONCE` apart, the first `width` of them: within 128 bits, then between. */
+WIDE INLINE void transpose_square(const __m512 *a, __mmask16 width, float *to) {
+  __m512 b[16];
   UNROLL for (int i = 0; i < 16; i += 4) {
     __m512 t0 = _mm512_unpacklo_ps(a[i], a[i + 1]), t1 = _mm512_unpackhi_ps(a[i], a[i + 1]);
     __m512 t2 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]), t3 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
@@ -70,12 +76,120 @@ WIDE static void transpose_keys(void *data, size_t number) {
   const float *from = c->key + (head * c->keys + first) * c->width;
   float *to = c->transposed + (head * blocks + first / KEYS_AT_ONCE) * c->width * KEYS_AT_ONCE;
   for (int64_t t = 0; t < KEYS_AT_ONCE; t += 16)
-    for (int64_t d = 0; d < c->width; d += 16)
-      transpose_square(from + t * c->width + d, c->width, first_of(c->width - d), c->keys - first - t, to + d * KEYS_AT_ONCE + t);
+    for (int64_t d = 0; d < c->width; d += 16) {
+      __mmask16 mask = first_of(c->width - d);
+      __m512 rows[16];
+      UNROLL for (int i = 0; i < 16; i++)
+        rows[i] = first + t + i < c->keys ? _mm512_maskz_loadu_ps(mask, from + (t + i) * c->width + d) : _mm512_setzero_ps();
+      transpose_square(rows, mask, to + d * KEYS_AT_ONCE + t);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ in bfloat16 */
+
+/* Compilers want a flag for these instructions, for the whole function and all that it calls. */
+WIDE INLINE __m256i to_bfloat16(__m512 x) {
+  __m256i out;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
+  return out;
+}
+WIDE INLINE __m512 two_to_bfloat16(__m512 low, __m512 high) {
+  __m512 out;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(out) : "v"(low), "v"(high));
+  return out;
+}
+WIDE INLINE void add_pairs(__m512 *sum, __m512i a, __m512i b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
+}
+
+WIDE INLINE __m512 row_of(const float *from, int64_t stride, int64_t row, int64_t rows, int64_t d, int64_t width) {
+  return row < rows && d < width ? _mm512_maskz_loadu_ps(first_of(width - d), from + row * stride + d) : _mm512_setzero_ps();
+}
+
+/* 64 keys, as pairs of neighbours in D; 64 values, as pairs of neighbours in T. */
+WIDE static void pair_block(void *data, size_t number) {
+  const Call *c = data;
+  int64_t blocks = c->padded / KEYS_AT_ONCE, head = (int64_t)number / blocks, first = (int64_t)number % blocks * KEYS_AT_ONCE;
+  int64_t count = c->keys - first;
+  const float *from = c->key + (head * c->keys + first) * c->width;
+  uint32_t *to = c->key_pairs + (int64_t)number * c->pairs * KEYS_AT_ONCE;
+  for (int64_t t = 0; t < KEYS_AT_ONCE; t += 16)
+    for (int64_t d = 0; d < c->width; d += 32) {
+      __m512 rows[16];
+      UNROLL for (int i = 0; i < 16; i++)
+        rows[i] = two_to_bfloat16(row_of(from, c->width, t + i, count, d, c->width),
+                                  row_of(from, c->width, t + i, count, d + 16, c->width));
+      transpose_square(rows, first_of(c->pairs - d / 2), (float *)to + d / 2 * KEYS_AT_ONCE + t);
+    }
+  from = c->value + (head * c->keys + first) * c->value_width;
+  to = c->value_pairs + (int64_t)number * (KEYS_AT_ONCE / 2) * c->columns;
+  for (int64_t t = 0; t < KEYS_AT_ONCE; t += 2, to += c->columns)
+    for (int64_t d = 0; d < c->value_width; d += 16) {
+      __m512i low = _mm512_cvtepu16_epi32(to_bfloat16(row_of(from, c->value_width, t, count, d, c->value_width)));
+      __m512i high = _mm512_cvtepu16_epi32(to_bfloat16(row_of(from, c->value_width, t + 1, count, d, c->value_width)));
+      _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+/* Numbers [first, last) of a row as bfloat16, in their place or elsewhere; zeros around them. */
+WIDE INLINE void halve(const float *from, int64_t first, int64_t last, uint16_t *to) {
+  for (int64_t t = first & ~(int64_t)1; t < last; t += 16) {
+    __mmask16 mask = first_of(last - t) & (t < first ? 0xfffe : 0xffff);
+    _mm256_storeu_si256((__m256i *)(to + t), to_bfloat16(_mm512_maskz_loadu_ps(mask, from + t)));
+  }
 }
 
 /* Scores of some rows with 64 keys. */
-WIDE INLINE void score(const float *const *rows, const int count, int64_t width, const float *keys, float scale, float *out, int64_t stride) {
+WIDE INLINE void score_pairs(const uint32_t *const *rows, const int count, int64_t pairs, const uint32_t *keys, float scale,
+                             float *out, int64_t stride) {
+  __m512 sums[TILE][4];
+  UNROLL for (int r = 0; r < count; r++)
+    UNROLL for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < pairs; d++, keys += KEYS_AT_ONCE) {
+    __m512i right[4];
+    UNROLL for (int v = 0; v < 4; v++) {
+      right[v] = _mm512_loadu_si512(keys + 16 * v);
+      __asm__("" : "+v"(right[v]));
+    }
+    UNROLL for (int r = 0; r < count; r++) {
+      __m512i left = _mm512_set1_epi32((int)rows[r][d]);
+      UNROLL for (int v = 0; v < 4; v++) add_pairs(&sums[r][v], left, right[v]);
+    }
+  }
+  UNROLL for (int r = 0; r < count; r++)
+    UNROLL for (int v = 0; v < 4; v++)
+      _mm512_storeu_ps(out + r * stride + 16 * v, _mm512_mul_ps(sums[r][v], _mm512_set1_ps(scale)));
+}
+
+/* Weights, pairs [first, last), with at most 64 columns of values. `stride` in pairs. */
+WIDE INLINE void mix_pairs(const uint32_t *weights, int64_t stride, const int count, int64_t first, int64_t last,
+                           const uint32_t *values, int64_t width, int64_t columns, const float *shares, float *const *out) {
+  __m512 sums[TILE][4];
+  __mmask16 masks[4];
+  UNROLL for (int v = 0; v < 4; v++) masks[v] = columns > 16 * v ? first_of(columns - 16 * v) : 0;
+  UNROLL for (int r = 0; r < count; r++)
+    UNROLL for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_ps();
+  for (int64_t t = first; t < last; t++) {
+    __m512i right[4];
+    UNROLL for (int v = 0; v < 4; v++) {
+      right[v] = _mm512_maskz_loadu_epi32(masks[v], values + t * width + 16 * v);
+      __asm__("" : "+v"(right[v]));
+    }
+    UNROLL for (int r = 0; r < count; r++) {
+      __m512i left = _mm512_set1_epi32((int)weights[r * stride + t]);
+      UNROLL for (int v = 0; v < 4; v++) add_pairs(&sums[r][v], left, right[v]);
+    }
+  }
+  UNROLL for (int r = 0; r < count; r++)
+    UNROLL for (int v = 0; v < 4; v++)
+      _mm512_mask_storeu_ps(out[r] + 16 * v, masks[v], _mm512_mul_ps(sums[r][v], _mm512_set1_ps(shares[r])));
+}
+
+/* ------------------------------------------------------------------------------------------ in float32 */
+
+/* Scores of some rows with 64 keys. */
+WIDE INLINE void score(const float *const *rows, const int count, int64_t width, const float *keys, float scale, float *out,
+                       int64_t stride) {
   __m512 sums[TILE][4];
   UNROLL for (int r = 0; r < count; r++)
     UNROLL for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_ps();
@@ -91,12 +205,13 @@ WIDE INLINE void score(const float *const *rows, const int count, int64_t width,
     }
   }
   UNROLL for (int r = 0; r < count; r++)
-    UNROLL for (int v = 0; v < 4; v++) _mm512_storeu_ps(out + r * stride + 16 * v, _mm512_mul_ps(sums[r][v], _mm512_set1_ps(scale)));
+    UNROLL for (int v = 0; v < 4; v++)
+      _mm512_storeu_ps(out + r * stride + 16 * v, _mm512_mul_ps(sums[r][v], _mm512_set1_ps(scale)));
 }
 
 /* Weights [rows, T] with values [T, at most 64 columns]. */
-WIDE INLINE void mix(const float *weights, int64_t stride, const int count, int64_t first, int64_t last, const float *values, int64_t width,
-                     int64_t columns, const float *shares, float *const *out) {
+WIDE INLINE void mix(const float *weights, int64_t stride, const int count, int64_t first, int64_t last, const float *values,
+                     int64_t width, int64_t columns, const float *shares, float *const *out) {
   __m512 sums[TILE][4];
   __mmask16 masks[4];
   UNROLL for (int v = 0; v < 4; v++) masks[v] = columns > 16 * v ? first_of(columns - 16 * v) : 0;
@@ -137,7 +252,7 @@ WIDE static float weigh(float *scores, const uint8_t *seen, int64_t first, int64
   return 1.0f / _mm512_reduce_add_ps(sum);
 }
 
-WIDE INLINE void attend_tile(const Call *c, int64_t head, int64_t row, const int count) {
+WIDE INLINE void attend_tile(const Call *c, int64_t head, int64_t row, const int count, const int paired) {
   /* Rows of a key head: the queries of its first query head, of its second, … */
   int64_t group = c->heads / c->key_heads, b = head / c->key_heads, blocks = c->padded / KEYS_AT_ONCE;
   const float *rows[TILE];
@@ -161,27 +276,49 @@ WIDE INLINE void attend_tile(const Call *c, int64_t head, int64_t row, const int
   }
   float *scores = scratch(SCORES, (size_t)(TILE * c->padded) * sizeof(float));
   if (!scores) abort();
-  for (int64_t block = first / KEYS_AT_ONCE; block * KEYS_AT_ONCE < last; block++)
-    score(rows, count, c->width, c->transposed + (head * blocks + block) * c->width * KEYS_AT_ONCE, c->scale,
-          scores + block * KEYS_AT_ONCE, c->padded);
+  const uint32_t *pairs[TILE];
+  if (paired) {
+    int64_t room = (c->width + 31) / 32 * 16;
+    uint32_t *queries = scratch(QUERIES, (size_t)(TILE * room) * sizeof *queries);
+    if (!queries) abort();
+    for (int r = 0; r < count; r++) {
+      halve(rows[r], 0, c->width, (uint16_t *)(queries + r * room));
+      pairs[r] = queries + r * room;
+    }
+  }
+  for (int64_t block = first / KEYS_AT_ONCE; block * KEYS_AT_ONCE < last; block++) {
+    float *out = scores + block * KEYS_AT_ONCE;
+    int64_t at = (head * blocks + block) * KEYS_AT_ONCE;
+    if (paired) score_pairs(pairs, count, c->pairs, c->key_pairs + at * c->pairs, c->scale, out, c->padded);
+    else score(rows, count, c->width, c->transposed + at * c->width, c->scale, out, c->padded);
+  }
   for (int r = 0; r < count; r++) {
-    shares[r] = blind[r] ? 0.0f : weigh(scores + r * c->padded, seen[r], first, last);
+    float *row_scores = scores + r * c->padded;
+    shares[r] = blind[r] ? 0.0f : weigh(row_scores, seen[r], first, last);
+    if (paired) halve(row_scores, first, last, (uint16_t *)row_scores);
   }
   const float *values = c->value + head * c->keys * c->value_width;
+  const uint32_t *value_pairs = c->value_pairs + head * c->padded / 2 * c->columns;
   for (int64_t d = 0; d < c->value_width; d += 64) {
+    int64_t width = least(64, c->value_width - d);
     for (int r = 0; r < count; r++) columns[r] = out[r] + d;
-    mix(scores, c->padded, count, first, last, values + d, c->value_width, least(64, c->value_width - d), shares, columns);
+    if (paired)
+      mix_pairs((uint32_t *)scores, c->padded, count, first / 2, (last + 1) / 2, value_pairs + d, c->columns, width, shares, columns);
+    else
+      mix(scores, c->padded, count, first, last, values + d, c->value_width, width, shares, columns);
   }
 }
 
-WIDE static void attend(void *data, size_t number) {
-  const Call *c = data;
+WIDE INLINE void attend_rows(const Call *c, size_t number, const int paired) {
   int64_t head = (int64_t)number / c->tasks, rows = c->heads / c->key_heads * c->queries;
   int64_t row = (int64_t)number % c->tasks * TILE * TILES_A_TASK, end = least(row + TILE * TILES_A_TASK, rows);
-  for (; row + TILE <= end; row += TILE) attend_tile(c, head, row, TILE);
-  for (; row + 3 <= end; row += 3) attend_tile(c, head, row, 3);
-  for (; row < end; row++) attend_tile(c, head, row, 1);
+  for (; row + TILE <= end; row += TILE) attend_tile(c, head, row, TILE, paired);
+  for (; row + 3 <= end; row += 3) attend_tile(c, head, row, 3, paired);
+  for (; row < end; row++) attend_tile(c, head, row, 1, paired);
 }
+
+WIDE static void attend(void *data, size_t number) { attend_rows(data, number, 0); }
+WIDE static void attend_paired(void *data, size_t number) { attend_rows(data, number, 1); }
 
 /* ------------------------------------------------------------------------------------------ the operator */
 
@@ -228,12 +365,20 @@ static void compute(void *opaque, Handle context) {
   c.output = made;
   c.padded = (c.keys + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE * KEYS_AT_ONCE;
   if (!c.batch || !c.queries || !c.keys) return;
-  c.transposed = scratch(KEYS, (size_t)(c.batch * c.key_heads * c.padded * c.width) * sizeof(float));
-  if (!c.transposed) abort();
-  int64_t rows = c.heads / c.key_heads * c.queries;
+  int64_t heads = c.batch * c.key_heads, blocks = heads * c.padded / KEYS_AT_ONCE, rows = c.heads / c.key_heads * c.queries;
+  c.paired = rows >= MANY_ROWS && has_bfloat16();
+  c.pairs = (c.width + 1) / 2;
+  c.columns = (c.value_width + 15) / 16 * 16;
+  if (c.paired) {
+    c.key_pairs = scratch(KEYS, (size_t)(heads * c.padded * c.pairs) * sizeof *c.key_pairs);
+    c.value_pairs = scratch(VALUES, (size_t)(heads * c.padded / 2 * c.columns) * sizeof *c.value_pairs);
+  } else {
+    c.transposed = scratch(KEYS, (size_t)(heads * c.padded * c.width) * sizeof(float));
+  }
+  if (c.paired ? !c.key_pairs || !c.value_pairs : !c.transposed) abort();
   c.tasks = (rows + TILE * TILES_A_TASK - 1) / (TILE * TILES_A_TASK);
-  api[PARALLEL_FOR](context, transpose_keys, (size_t)(c.batch * c.key_heads * c.padded / KEYS_AT_ONCE), (size_t)0, &c);
-  api[PARALLEL_FOR](context, attend, (size_t)(c.batch * c.key_heads * c.tasks), (size_t)0, &c);
+  api[PARALLEL_FOR](context, c.paired ? pair_block : transpose_keys, (size_t)blocks, (size_t)0, &c);
+  api[PARALLEL_FOR](context, c.paired ? attend_paired : attend, (size_t)(heads * c.tasks), (size_t)0, &c);
 }
 
 static void destroy(void *kernel) { free(kernel); }

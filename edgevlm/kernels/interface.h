@@ -52,8 +52,11 @@ extern CustomOp matmul_int4, matmul_int8, attention;
 size_t read_shape(const Function *api, Handle value, int64_t *dims);
 
 /* Memory of this thread, kept from call to call and freed with the thread. */
-enum { PANEL, TOTALS, ACTIVATIONS, SCORES, KEYS, SCRATCHES };
+enum { PANEL, TOTALS, ACTIVATIONS, SCORES, QUERIES, KEYS, VALUES, SCRATCHES };
 void *scratch(int which, size_t bytes);
+
+/* Whether the processor multiplies bfloat16. */
+int has_bfloat16(void);
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }

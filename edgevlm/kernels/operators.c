@@ -2,6 +2,7 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include "interface.h"
 
+#include <cpuid.h>
 #include <pthread.h>
 #include <stdlib.h>
 
@@ -43,6 +44,15 @@ int edgevlm_usable(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
+}
+
+int has_bfloat16(void) {
+  static int known = -1; /* threads that find out together find the same */
+  if (known < 0) {
+    unsigned a = 0, b, c, d;
+    known = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  }
+  return known;
 }
 
 Handle RegisterCustomOps(Handle options, const OrtApiBase *base) {
