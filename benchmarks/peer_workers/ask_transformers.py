@@ -31,11 +31,13 @@ class Transformers:
         self.model.generation_config.eos_token_id = None
         self.options: dict[str, Any] = {"do_sample": False}
         if self.compiled:
-            from transformers import CompileConfig
+            from transformers import CompileConfig, StaticCache
 
             config = CompileConfig(fullgraph=False, mode="default", dynamic=False)
             config._compile_all_devices = True  # what otherwise is for accelerators alone
-            self.options |= {"cache_implementation": "static", "compile_config": config}
+            # One cache for all questions: another size would be compiled anew.
+            cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=settings.capacity)
+            self.options |= {"past_key_values": cache, "compile_config": config}
         self.began = self.seen = 0.0
         tower = next(module for name, module in self.model.named_modules() if name.endswith(("vision_tower", "visual")))
         tower.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()))
@@ -64,6 +66,8 @@ class Transformers:
 
             def end(self) -> None: ...
 
+        if self.compiled:
+            self.options["past_key_values"].reset()
         with self.torch.inference_mode():
             self.model.generate(**inputs, max_new_tokens=job.new_tokens, streamer=Streamer(), **self.options)
         return Answer(
