@@ -1,5 +1,5 @@
 """Puts the operators of this folder into a graph: `DequantizeLinear` of a constant before `MatMul` becomes one operator, and
-in graphs that have such products, `Attention` becomes ours, and so does x times the sigmoid of x, with its gate.
+in graphs that have such products, `Attention` becomes ours.
 
 The graph is read and written with protobuf, which ONNX Runtime brings along; the robot needs no package for graphs. Only the
 fields that matter here are described, by their numbers in
@@ -9,9 +9,7 @@ https://github.com/onnx/onnx/blob/v1.19.0/onnx/onnx.proto; protobuf keeps the ot
 from __future__ import annotations
 
 import functools
-import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,7 @@ __all__ = ["graph_with_kernels"]
 _DOMAIN = "edgevlm"
 #: TensorProto.DataType
 _FLOAT, _UINT8, _INT8, _BOOL, _INT4 = 1, 2, 3, 9, 22
-#: AttributeProto.AttributeType
-_FLOAT_ATTRIBUTE, _INT_ATTRIBUTE = 1, 2
+_INT_ATTRIBUTE = 2
 #: Operators that make truth values, and those that hand on the type of their first input.
 _TRUTH = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor")
 _SAME_TYPE = ("Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze")
@@ -44,11 +41,8 @@ _FIELDS = {
         "input": (1, "string*"), "output": (2, "string*"), "name": (3, "string"), "op_type": (4, "string"),
         "attribute": (5, "Attribute*"), "domain": (7, "string"),
     },
-    "Attribute": {"name": (1, "string"), "f": (2, "float"), "i": (3, "int64"), "type": (20, "int32")},
-    "Tensor": {
-        "dims": (1, "int64*"), "data_type": (2, "int32"), "float_data": (4, "float*"), "name": (8, "string"),
-        "raw_data": (9, "bytes"), "data_location": (14, "int32"),
-    },
+    "Attribute": {"name": (1, "string"), "i": (3, "int64"), "type": (20, "int32")},
+    "Tensor": {"dims": (1, "int64*"), "data_type": (2, "int32"), "name": (8, "string"), "data_location": (14, "int32")},
 }  # fmt: skip
 
 
@@ -57,7 +51,7 @@ def _model_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="edgevlm_onnx.proto", package="edgevlm_onnx", syntax="proto2")
-    kinds = {"string": 9, "int64": 3, "int32": 5, "float": 2, "bytes": 12}
+    kinds = {"string": 9, "int64": 3, "int32": 5}
     for message, fields in _FIELDS.items():
         described = file.message_type.add(name=message)
         for name, (number, kind) in fields.items():
@@ -115,9 +109,9 @@ def graph_with_kernels(path: Path) -> bytes | None:
             kept = [attribute for attribute in node.attribute if attribute.name == "scale"]
             del node.attribute[:]
             node.attribute.extend(kept)
-    kept = _without(graph.node, gone)
-    kept = _without(kept, _replace_swish(kept, weights, readers))
-    packed = [weights[node.input[1]] for node in kept if _is_product(node)]
+    removed = {id(node) for node in gone}
+    kept = [node for node in graph.node if id(node) not in removed]
+    packed = [weights[node.input[1]] for node in kept if node.domain == _DOMAIN and node.op_type != "Attention"]
     for tensor in packed:
         if tensor.data_type == _INT4:
             tensor.data_type, tensor.dims[1] = _UINT8, tensor.dims[1] // 2
@@ -150,67 +144,6 @@ def _operator(dequantize: Any, weights: dict[str, Any], readers: Counter[str]) -
         attribute = type(dequantize).DESCRIPTOR.fields_by_name["attribute"].message_type._concrete_class
         return "MatMulInt4", [attribute(name="block_size", i=block, type=_INT_ATTRIBUTE)], columns
     return None
-
-
-def _without(nodes: Iterable[Any], gone: Iterable[Any]) -> list[Any]:
-    removed = {id(node) for node in gone}
-    return [node for node in nodes if id(node) not in removed]
-
-
-def _replace_swish(nodes: Sequence[Any], weights: dict[str, Any], readers: Counter[str]) -> list[Any]:
-    """Nodes that are no longer needed. Only where our products make what goes in, so that types and shapes are known."""
-    makers = {name: node for node in nodes for name in node.output}
-    using = {name: node for node in nodes for name in node.input}
-    gone = []
-    for sigmoid in [node for node in nodes if node.op_type == "Sigmoid"]:
-        inner, alpha = makers.get(sigmoid.input[0]), 1.0
-        scaled = inner if inner is not None and inner.op_type == "Mul" else None
-        value = sigmoid.input[0]
-        if scaled is not None:
-            constants = [name for name in scaled.input if name in weights]
-            number = _number(weights[constants[0]]) if constants else None
-            if number is None:
-                continue
-            alpha, value = number, scaled.input[1 - list(scaled.input).index(constants[0])]
-        product = using.get(sigmoid.output[0])
-        if not _is_product(makers.get(value)) or product is None or product.op_type != "Mul" or value not in product.input:
-            continue
-        if any(readers[name] != 1 for name in (sigmoid.output[0], *([sigmoid.input[0]] if scaled is not None else []))):
-            continue
-        attribute = type(sigmoid).DESCRIPTOR.fields_by_name["attribute"].message_type._concrete_class
-        product.op_type, product.domain, product.input[:] = "Swish", _DOMAIN, [value]
-        product.attribute.append(attribute(name="alpha", f=alpha, type=_FLOAT_ATTRIBUTE))
-        gone += [sigmoid, *([scaled] if scaled is not None else [])]
-        gate = using.get(product.output[0])
-        if gate is None or gate.op_type != "Mul" or readers[product.output[0]] != 1:
-            continue
-        other = gate.input[1 - list(gate.input).index(product.output[0])]
-        if _are_twins(makers[value], makers.get(other), weights):
-            # The gate stands behind both of its inputs, so it becomes the operator.
-            gate.op_type, gate.domain, gate.input[:] = "Swish", _DOMAIN, [value, other]
-            gate.attribute.extend(product.attribute)
-            gone.append(product)
-    return gone
-
-
-def _is_product(node: Any) -> bool:
-    return node is not None and node.domain == _DOMAIN and node.op_type.startswith("MatMul")
-
-
-def _are_twins(one: Any, other: Any, weights: dict[str, Any]) -> bool:
-    """Whether two products of the same thing have results of the same shape."""
-    if one is other or not _is_product(other) or one.input[0] != other.input[0]:
-        return False
-    return bool(weights[one.input[1]].dims == weights[other.input[1]].dims)
-
-
-def _number(tensor: Any) -> float | None:
-    """A single float32 that lies within the graph."""
-    if tensor.data_type != _FLOAT or tensor.data_location == _EXTERNAL or any(size != 1 for size in tensor.dims):
-        return None
-    if len(tensor.raw_data) == 4:
-        return float(struct.unpack("<f", tensor.raw_data)[0])
-    return float(tensor.float_data[0]) if len(tensor.float_data) == 1 else None
 
 
 def _replaceable(node: Any, makers: dict[str, Any], given: dict[str, int]) -> bool:

@@ -45,8 +45,8 @@ struct CustomOp {
 };
 enum { OP_VERSION = 12, FLOAT = 1, UINT8 = 2, INT8 = 3, BOOL = 9, REQUIRED = 0, OPTIONAL = 1 };
 
-/* The operators: MatMulInt4, MatMulInt8, Attention, Swish. */
-extern CustomOp matmul_int4, matmul_int8, attention, swish;
+/* The operators: MatMulInt4, MatMulInt8, Attention. */
+extern CustomOp matmul_int4, matmul_int8, attention;
 
 /* The shape of a tensor, into at most 16 dims; returns how many there are. */
 size_t read_shape(const Function *api, Handle value, int64_t *dims);
@@ -60,21 +60,5 @@ int has_bfloat16(void);
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
-
-/* e to the x: a power of two times a polynomial on |r| <= ln 2 / 2 (Cephes' expf), to 1e-7. */
-WIDE INLINE __m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(104.0f));
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-  y = _mm512_fmadd_ps(_mm512_mul_ps(y, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(y, n);
-}
 
 #endif

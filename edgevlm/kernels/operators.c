@@ -57,7 +57,7 @@ int has_bfloat16(void) {
 
 Handle RegisterCustomOps(Handle options, const OrtApiBase *base) {
   static Handle domain;
-  CustomOp *operators[] = {&matmul_int4, &matmul_int8, &attention, &swish};
+  CustomOp *operators[] = {&matmul_int4, &matmul_int8, &attention};
   const OrtApi *api = base->get(API_VERSION);
   if (!domain) {
     pthread_key_create(&scratch_key, free_scratch);

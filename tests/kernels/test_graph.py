@@ -44,12 +44,6 @@ def test_every_product_with_a_quantized_weight(quantized, recipe: str) -> None:
         assert operators(before).count("MatMul") == sum(name in ("MatMulInt4", "MatMulInt8") for name in operators(after))
         assert own in operators(after)
         assert "MatMul" not in operators(after)
-        assert operators(after).count("Swish") == operators(before).count("Sigmoid") > 0
-        assert "Sigmoid" not in operators(after)
-        swishes = [node for node in after.graph.node if node.op_type == "Swish"]
-        assert {len(node.input) for node in swishes} == {2 if part == "decoder" else 1}, "a gate, or none"
-        alpha = 1.0 if part == "decoder" else 1.702
-        assert all(abs(attribute.f - alpha) < 1e-6 for node in swishes for attribute in node.attribute)
         domains = {node.domain for node in after.graph.node if node.op_type == "Attention"}
         assert domains == {"edgevlm"}, "a bool mask, or none"
         assert [value.name for value in after.graph.output] == [value.name for value in before.graph.output]
