@@ -21,7 +21,7 @@ import os
 import shutil
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -50,6 +50,8 @@ SCHEMA_VERSION = 3
 #: numpy's own errors of a short write have no number: https://github.com/numpy/numpy/issues/17589 and .../pull/28771
 _NUMPY_DISK_FULL = ("requested and", "Not enough free space")
 #: What a part's inputs and outputs may be.
+#: Bytes from which a file holds weights: whatever they are, they can be read.
+_LARGE = 16 << 20
 _DTYPES = ("float32", "float16", "bool", "int8", "uint8", "int32", "int64")
 #: Folders that may change after publishing.
 _UNHASHED = ("reports", "engines")
@@ -321,11 +323,27 @@ class Bundle:
                     f"{path} has {path.stat().st_size:,} bytes; the manifest says {record.size:,}. Copy the bundle again."
                 )
         if hashes:
-            self._compare_hashes()
+            self._compare_hashes(self.manifest.files)
 
-    def _compare_hashes(self) -> None:
+    @contextlib.contextmanager
+    def comparing_hashes(self) -> Iterator[None]:
+        """Compares every file with its hash: small ones, which say how others are to be read, before the block, large ones
+        while it runs. Raises IntegrityError naming the file, at the end also in place of what the block raised."""
+        files = self.manifest.files
+        self._compare_hashes({name: record for name, record in files.items() if record.size < _LARGE})
+        with ThreadPoolExecutor(1) as helper:
+            large = {name: record for name, record in files.items() if record.size >= _LARGE}
+            compared = helper.submit(self._compare_hashes, large)
+            try:
+                yield
+            except Exception:
+                compared.result()
+                raise
+            compared.result()
+
+    def _compare_hashes(self, files: Mapping[str, FileRecord]) -> None:
         """Several files at once: both reading and hashing leave Python's lock alone."""
-        paths = {self.path(name): record for name, record in self.manifest.files.items()}
+        paths = {self.path(name): record for name, record in files.items()}
         largest = sorted(paths, key=lambda path: -paths[path].size)
         pool = ThreadPoolExecutor(4)
         try:

@@ -264,31 +264,36 @@ class VLM:
         `backends` tells which, and why not a better one. `threads`
         limits the cores of each part. `visual_tokens` is the most places that a picture (or a film) may take in the prompt,
         `max_tiles` the most tiles that it is cut into: fewer see less detail, sooner. `check_files` compares every file
-        with its hash (about a second a gigabyte). `opener` stands in for what opens the parts (calibration records there).
+        with its hash, large ones while parts are opened (about half a second a gigabyte). `opener` stands in for what opens
+        the parts (calibration records there).
 
         Raises BundleError and its kinds, InputError, DeviceError, MissingDependencyError.
         """
-        opened = Bundle.open(bundle, check_files=check_files)
+        opened = Bundle.open(bundle, check_files=False)
         manifest = opened.manifest
         capacity = _check_capacity(capacity, manifest)
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it is 1 or more.")
-        missing = [part for part in parts_needed(family_by_name(manifest.family), manifest) if part not in manifest.parts]
-        if missing:
-            raise ManifestError(
-                f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
-                "Export the checkpoint again."
-            )
-        processors = _open_processors(opened, max_tiles, visual_tokens)
         sessions: dict[str, PartSession] = {}
         backends: dict[str, Choice] = {}
-        asked = ask(backend, list(manifest.parts))
-        most = processors[0].most_places(manifest.image.places)
-        model = Model(opened, capacity, min(most, capacity) if most else None, threads, check_files)
+        model: Model | None = None
         try:
-            for name, part in manifest.parts.items():
-                sessions[name], backends[name] = opener(opened.part_path(name), name, part, backend=asked[name], model=model)
-            return cls(opened, sessions, backends, capacity, processors, visual_tokens, model)
+            with opened.comparing_hashes() if check_files else contextlib.nullcontext():
+                missing = [p for p in parts_needed(family_by_name(manifest.family), manifest) if p not in manifest.parts]
+                if missing:
+                    raise ManifestError(
+                        f"{opened.folder} is a {manifest.family} bundle without the part {', '.join(missing)}. "
+                        "Export the checkpoint again."
+                    )
+                processors = _open_processors(opened, max_tiles, visual_tokens)
+                asked = ask(backend, list(manifest.parts))
+                most = processors[0].most_places(manifest.image.places)
+                model = Model(opened, capacity, min(most, capacity) if most else None, threads, check_files)
+                for name, part in manifest.parts.items():
+                    path = opened.part_path(name)
+                    sessions[name], backends[name] = opener(path, name, part, backend=asked[name], model=model)
+                made = cls(opened, sessions, backends, capacity, processors, visual_tokens, model)
+            return made
         except BaseException:
             _close(sessions, model)
             raise
@@ -666,10 +671,11 @@ class VLM:
             yield Piece(rest, None)
 
 
-def _close(sessions: Mapping[str, PartSession], model: Model) -> None:
+def _close(sessions: Mapping[str, PartSession], model: Model | None) -> None:
     for session in sessions.values():
         session.close()
-    model.close()
+    if model is not None:
+        model.close()
 
 
 def picture_digest(picture: Any) -> str:

@@ -241,6 +241,31 @@ def test_damaged_files_are_refused_by_name(small: Path, name: str) -> None:
     Bundle.open(small)
 
 
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_damaged_while_something_else_is_done(small: Path, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    """What is large is compared meanwhile, and what it breaks is not what is told."""
+    monkeypatch.setattr(bundles, "_LARGE", large)
+    bundle, done = Bundle.open(small), []
+    with bundle.comparing_hashes():
+        done.append("fine")
+    with pytest.raises(KeyError), bundle.comparing_hashes():
+        raise KeyError("of the block")
+    path = small / "onnx" / "decoder.onnx_data"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+    def break_something() -> None:
+        with bundle.comparing_hashes():
+            done.append("begun")
+            raise KeyError("of the block")
+
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx_data was changed"):
+        break_something()
+    assert done == ["fine", "begun"][: 1 + (not large)]
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx_data was changed"), bundle.comparing_hashes():
+        pass
+
+
 def test_hashes_are_not_computed_when_not_asked_for(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundles, "sha256_of", lambda path: pytest.fail("hashed"))
     Bundle.open(small, check_files=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 from peer_workers.common import Answer, Job, Settings, call, main, peak_of
 
 TITLE = "OpenVINO GenAI, INT4"
-REQUIREMENTS = ("optimum-intel[openvino]==2.2.0", "openvino-genai==2026.4.1.0", "pillow")
+#: Newer transformers are refused for Qwen2-VL.
+REQUIREMENTS = ("optimum-intel[openvino]==2.2.0", "openvino-genai==2026.4.1.0", "transformers==5.0.0", "pillow")
 #: It wants torchvision, which has no build for processors alone and fails on import; nothing here needs it.
 UNWANTED = ("torchvision",)
 

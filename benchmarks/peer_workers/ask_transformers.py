@@ -66,9 +66,9 @@ class Transformers:
 
             def end(self) -> None: ...
 
-        if self.compiled:
-            self.options["past_key_values"].reset()
         with self.torch.inference_mode():
+            if self.compiled:
+                self.options["past_key_values"].reset()
             self.model.generate(**inputs, max_new_tokens=job.new_tokens, streamer=Streamer(), **self.options)
         return Answer(
             first_token=clock.first, tokens_per_second=clock.rate, vision=self.seen, prefill=clock.first - self.seen,

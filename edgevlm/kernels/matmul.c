@@ -13,9 +13,11 @@
  * Packed weights lie in huge pages: with small ones, finding the pages takes a quarter of the time of a token.
  */
 #if defined(__x86_64__) && defined(__linux__)
+#define _GNU_SOURCE
 #include "interface.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -327,50 +329,86 @@ static void forget_pages(const void *at, size_t bytes) {
 }
 
 /* Rows that are packed at once: few, so that the pages they lie in are met once. */
-enum { PACKED_ROWS = 64 };
+enum { PACKED_ROWS = 64, PACKERS = 4, WORTH_A_THREAD = 1 << 20 };
 
-WIDE static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
+typedef struct {
+  const Weight *weight;
+  const uint8_t *bytes;
+  const float *scales;
+  float grow;
+  int64_t begin, end; /* units */
+} Packing;
+
+WIDE static void *pack_units(void *data) {
+  const Packing *p = data;
+  const Weight *w = p->weight;
   int64_t stride = row_bytes(w);
-  w->packed = take((size_t)(w->units * w->depth) * BYTES);
-  if (!w->packed) return 0;
   const __m512i flip = _mm512_set1_epi8(w->bits == 4 ? (char)0x88 : (char)0x80);
   for (int64_t from = 0; from < w->depth; from += PACKED_ROWS)
-    for (int64_t u = 0; u < w->units; u++) {
+    for (int64_t u = p->begin; u < p->end; u++) {
       __mmask64 mask = bytes_of(stride - u * BYTES);
       for (int64_t k = from; k < least(from + PACKED_ROWS, w->depth); k += 4) {
         __m512i four[4];
-        interleave(bytes + k * stride + u * BYTES, stride, mask, four);
+        interleave(p->bytes + k * stride + u * BYTES, stride, mask, four);
         uint8_t *to = w->packed + (u * w->depth + k) * BYTES;
         for (int v = 0; v < 4; v++) _mm512_stream_si512((__m512i *)(to + 64 * v), _mm512_xor_si512(four[v], flip));
       }
     }
   _mm_sfence();
-  forget_pages(bytes, (size_t)(stride * w->depth));
-  w->shrink = 1.0f;
-  w->scales = scales;
-  if (w->bits == 8) return 1;
-  /* As float16 in the order of lanes; a power of two keeps them in its range. */
-  w->halves = take((size_t)(w->units * w->blocks * w->unit) * 2);
-  if (!w->halves) return 0;
-  float peak = 0.0f, grow = 1.0f;
-  for (int64_t n = 0; n < w->blocks * w->columns; n++) peak = __builtin_fmaxf(peak, __builtin_fabsf(scales[n]));
-  if (peak > 0 && peak < __builtin_inff()) {
-    int exponent;
-    __builtin_frexpf(peak, &exponent);
-    grow = __builtin_ldexpf(1.0f, 15 - exponent);
-    w->shrink = __builtin_ldexpf(1.0f, exponent - 15);
-  }
   float line[16];
-  for (int64_t u = 0; u < w->units; u++)
+  for (int64_t u = p->begin; w->bits == 4 && u < p->end; u++)
     for (int64_t g = 0; g < w->blocks; g++)
       for (int v = 0; v < 8; v++) {
         for (int j = 0; j < 16; j++) {
           int64_t n = u * w->unit + 2 * place_of(v % 4, j) + v / 4;
-          line[j] = n < w->columns ? scales[g * w->columns + n] * grow : 0.0f;
+          line[j] = n < w->columns ? p->scales[g * w->columns + n] * p->grow : 0.0f;
         }
-        _mm256_store_si256((__m256i *)(w->halves + (u * w->blocks + g) * w->unit + 16 * v), _mm512_cvtps_ph(_mm512_loadu_ps(line), 0));
+        __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(line), 0);
+        _mm256_store_si256((__m256i *)(w->halves + (u * w->blocks + g) * w->unit + 16 * v), halves);
       }
-  forget_pages(scales, (size_t)(w->blocks * w->columns) * sizeof(float));
+  return NULL;
+}
+
+/* ONNX Runtime makes operators one after the other, so each divides its work: most of it is waiting for fresh memory. */
+static void pack_all(const Packing *whole) {
+  const Weight *w = whole->weight;
+  cpu_set_t allowed;
+  int64_t count = sched_getaffinity(0, sizeof allowed, &allowed) ? 1 : CPU_COUNT(&allowed);
+  count = least(least(count, PACKERS), 1 + row_bytes(w) * w->depth / WORTH_A_THREAD);
+  Packing parts[PACKERS];
+  pthread_t threads[PACKERS];
+  int64_t started = 1;
+  for (int64_t n = 0; n < count; n++) {
+    parts[n] = *whole;
+    parts[n].begin = n * w->units / count;
+    parts[n].end = (n + 1) * w->units / count;
+  }
+  while (started < count && !pthread_create(&threads[started], NULL, pack_units, &parts[started])) started++;
+  pack_units(&parts[0]);
+  for (int64_t n = started; n < count; n++) pack_units(&parts[n]); /* no more threads: here, then */
+  for (int64_t n = 1; n < started; n++) pthread_join(threads[n], NULL);
+}
+
+static int pack(Weight *w, const uint8_t *bytes, const float *scales) {
+  w->packed = take((size_t)(w->units * w->depth) * BYTES);
+  w->shrink = 1.0f;
+  w->scales = scales;
+  Packing whole = {w, bytes, scales, 1.0f, 0, w->units};
+  if (w->bits == 4) { /* scales as float16 in the order of lanes; a power of two keeps them in its range */
+    w->halves = take((size_t)(w->units * w->blocks * w->unit) * 2);
+    float peak = 0.0f;
+    for (int64_t n = 0; n < w->blocks * w->columns; n++) peak = __builtin_fmaxf(peak, __builtin_fabsf(scales[n]));
+    if (peak > 0 && peak < __builtin_inff()) {
+      int exponent;
+      __builtin_frexpf(peak, &exponent);
+      whole.grow = __builtin_ldexpf(1.0f, 15 - exponent);
+      w->shrink = __builtin_ldexpf(1.0f, exponent - 15);
+    }
+  }
+  if (!w->packed || (w->bits == 4 && !w->halves)) return 0;
+  pack_all(&whole);
+  forget_pages(bytes, (size_t)(row_bytes(w) * w->depth));
+  if (w->bits == 4) forget_pages(scales, (size_t)(w->blocks * w->columns) * sizeof(float));
   return 1;
 }
 
