@@ -371,7 +371,7 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
             median = statistics.median(values)
             spread = [[median - min(values)], [max(values) - median]]
             axis.barh(place, median, xerr=spread, color="#1f6feb" if place == 0 else "#9aa4b2", capsize=3)
-            axis.text(median, place, f" {median:,.{1 if median < 100 else 0}f}", va="center", fontsize=8)
+            axis.text(max(values), place, f" {median:,.{1 if median < 100 else 0}f}", va="center", fontsize=8)
         titles = [row.title for row in shown] if axis in axes[:, 0] else [""] * len(shown)
         axis.set_yticks(range(len(shown)), titles, fontsize=8)
         axis.invert_yaxis()
