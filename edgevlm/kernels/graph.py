@@ -9,7 +9,9 @@ https://github.com/onnx/onnx/blob/v1.19.0/onnx/onnx.proto; protobuf keeps the ot
 from __future__ import annotations
 
 import functools
+import struct
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ __all__ = ["graph_with_kernels"]
 
 _DOMAIN = "edgevlm"
 #: TensorProto.DataType
-_FLOAT, _UINT8, _INT8, _BOOL, _INT4 = 1, 2, 3, 9, 22
+_FLOAT, _UINT8, _INT8, _INT64, _BOOL, _INT4 = 1, 2, 3, 7, 9, 22
 _INT_ATTRIBUTE = 2
 #: Operators that make truth values, and those that hand on the type of their first input.
 _TRUTH = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor")
@@ -42,7 +44,8 @@ _FIELDS = {
         "attribute": (5, "Attribute*"), "domain": (7, "string"),
     },
     "Attribute": {"name": (1, "string"), "i": (3, "int64"), "type": (20, "int32")},
-    "Tensor": {"dims": (1, "int64*"), "data_type": (2, "int32"), "name": (8, "string"), "data_location": (14, "int32")},
+    "Tensor": {"dims": (1, "int64*"), "data_type": (2, "int32"), "name": (8, "string"), "raw_data": (9, "bytes"),
+               "data_location": (14, "int32")},
 }  # fmt: skip
 
 
@@ -51,7 +54,7 @@ def _model_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="edgevlm_onnx.proto", package="edgevlm_onnx", syntax="proto2")
-    kinds = {"string": 9, "int64": 3, "int32": 5}
+    kinds = {"string": 9, "int64": 3, "int32": 5, "bytes": 12}
     for message, fields in _FIELDS.items():
         described = file.message_type.add(name=message)
         for name, (number, kind) in fields.items():
@@ -109,6 +112,7 @@ def graph_with_kernels(path: Path) -> bytes | None:
             kept = [attribute for attribute in node.attribute if attribute.name == "scale"]
             del node.attribute[:]
             node.attribute.extend(kept)
+    gone += _merge_attention(graph.node, weights, readers)
     removed = {id(node) for node in gone}
     kept = [node for node in graph.node if id(node) not in removed]
     packed = [weights[node.input[1]] for node in kept if node.domain == _DOMAIN and node.op_type != "Attention"]
@@ -144,6 +148,51 @@ def _operator(dequantize: Any, weights: dict[str, Any], readers: Counter[str]) -
         attribute = type(dequantize).DESCRIPTOR.fields_by_name["attribute"].message_type._concrete_class
         return "MatMulInt4", [attribute(name="block_size", i=block, type=_INT_ATTRIBUTE)], columns
     return None
+
+
+def _merge_attention(nodes: Sequence[Any], weights: dict[str, Any], readers: Counter[str]) -> list[Any]:
+    """Attention over pieces of the queries, which keeps ONNX Runtime's scores small, becomes one: ours keeps no more than those
+    of a tile, and would prepare the keys for every piece. Returns what is no longer needed."""
+    makers = {name: node for node in nodes for name in node.output}
+    gone = []
+    for concat in nodes:
+        pieces: list[Any] = [makers.get(name) for name in concat.input]
+        if concat.op_type != "Concat" or not all(_is_plain_attention(piece) for piece in pieces):
+            continue
+        if {attribute.i for attribute in concat.attribute} != {2} or any(readers[name] != 1 for name in concat.input):
+            continue
+        first, whole, between = pieces[0], set[str](), list[Any]()
+        for number, piece in enumerate(pieces):
+            squeeze: Any = makers.get(piece.input[0])
+            cut: Any = makers.get(squeeze.input[0]) if squeeze is not None and squeeze.op_type == "Squeeze" else None
+            if cut is None or cut.op_type != "Slice" or len(cut.input) != 4 or list(piece.input[1:]) != list(first.input[1:]):
+                break
+            numbers = [_integers(weights.get(name)) for name in (*cut.input[1:], *squeeze.input[1:2])]
+            if numbers != [[number], [number + 1], [2], [2]] or readers[cut.output[0]] != 1 or readers[squeeze.output[0]] != 1:
+                break
+            whole.add(cut.input[0])
+            between += [cut, squeeze, piece]
+        else:
+            divided: Any = makers.get(whole.pop()) if len(whole) == 1 else None
+            shape = _integers(weights.get(divided.input[1])) if divided is not None and divided.op_type == "Reshape" else None
+            if shape is not None and len(shape) == 5 and shape[2] == len(pieces):
+                concat.op_type, concat.domain = "Attention", _DOMAIN
+                del concat.attribute[:]
+                concat.attribute.extend(first.attribute)
+                concat.input[:] = [divided.input[0], *first.input[1:]]
+                gone += [*between, *([divided] if readers[divided.output[0]] == len(pieces) else [])]
+    return gone
+
+
+def _is_plain_attention(node: Any) -> bool:
+    return node is not None and node.op_type == "Attention" and node.domain == _DOMAIN and len(node.input) == 3
+
+
+def _integers(tensor: Any) -> list[int] | None:
+    """Of a small constant of int64."""
+    if tensor is None or tensor.data_type != _INT64 or tensor.data_location == _EXTERNAL:
+        return None
+    return [value for (value,) in struct.iter_unpack("<q", tensor.raw_data)]
 
 
 def _replaceable(node: Any, makers: dict[str, Any], given: dict[str, int]) -> bool:

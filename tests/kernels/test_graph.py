@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from edgevlm import VLM
 from edgevlm.kernels import SWITCH, unavailable
+from edgevlm.kernels import graph as graphs
 from edgevlm.kernels.graph import graph_with_kernels
 from edgevlm.quant.quantize import quantize_bundle
 from edgevlm.scenes import render_scene, sample_scene
@@ -105,6 +106,29 @@ def test_answers_stay(quantized, monkeypatch: pytest.MonkeyPatch, recipe: str) -
                 picture = render_scene(sample_scene(11_960_000 + number))
                 answers = [vlm.generate("Describe the scene.", images=[picture]).text for vlm in (own, other)]
                 assert answers[0] == answers[1]
+
+
+@needs_kernels
+def test_pieces_of_attention_become_one(shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower for pictures of any size attends piece by piece."""
+    bundle = tmp_path / "qwen2-vl"
+    quantize_bundle(shipped("qwen2-vl"), bundle, "int4-rtn")
+    path = bundle / "onnx" / "vision_encoder.onnx"
+    before = onnx.load(path, load_external_data=False)
+    after = onnx.load_from_string(graph_with_kernels(path) or b"")
+    layers = operators(before).count("RotaryEmbedding") // 2
+    assert operators(before).count("Attention") == 8 * layers
+    assert [node.domain for node in after.graph.node if node.op_type == "Attention"] == ["edgevlm"] * layers
+    picture = render_scene(sample_scene(11_960_100)).resize((301, 187))
+    answers = []
+    for pieces in (True, False):
+        if pieces:
+            monkeypatch.setattr(graphs, "_merge_attention", lambda *_: [])
+        else:
+            monkeypatch.undo()
+        with VLM.load(bundle) as vlm:
+            answers.append(vlm.generate("Describe the scene.", images=[picture]))
+    assert answers[0].tokens == answers[1].tokens
 
 
 def test_attention_with_another_mask_stays(tmp_path: Path) -> None:
